@@ -75,7 +75,7 @@ def vae_config(channels, layers, latent_channels, groups):
 PRESETS = {
     # A laptop CPU, minutes: 8 x 10 latents of 8 channels.
     'tiny': Preset('tiny', height=64, width=80, view_heads=4, view_head_dim=32,
-                   unet=unet_config((64, 96), heads=(2, 3), layers=1, latent_channels=8, context=32, groups=16,
+                   unet=unet_config((48, 64), heads=(2, 2), layers=1, latent_channels=8, context=32, groups=16,
                                     attention_levels=2),
                    vae=vae_config((16, 32, 64, 64), layers=1, latent_channels=8, groups=8)),
     # One ordinary GPU, an hour: 16 x 20 latents.
