@@ -528,6 +528,96 @@ class UNet(Decoder):
         return self.output(x).unflatten(0, (B, T))
 
 
+# ------------------------------------------------------------------------------------------------ CLIP's image encoder
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class CLIPLayer(nn.Module):
+    """One pre-norm transformer layer of the vision tower."""
+
+    def __init__(self, width, hidden, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.layer_norm1 = nn.LayerNorm(width, eps)
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in ('q_proj', 'k_proj', 'v_proj', 'out_proj')})
+        self.layer_norm2 = nn.LayerNorm(width, eps)
+        self.mlp = nn.ModuleDict({'fc1': nn.Linear(width, hidden), 'fc2': nn.Linear(hidden, width)})
+
+    def forward(self, x):
+        y = self.layer_norm1(x)
+        q, k, v = (self.self_attn[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for name in ('q_proj', 'k_proj', 'v_proj'))                           # (B, heads, tokens, width / heads)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.self_attn['out_proj'](y)
+        return x + self.mlp['fc2'](F.gelu(self.mlp['fc1'](self.layer_norm2(x))))
+
+
+class CLIPImageEncoder(nn.Module):
+    """CLIP's vision transformer (ViT-H/14 in SVD): one embedding for an image, from its class token."""
+    keys_to_ignore = ('vision_model.embeddings.position_ids',)          # 0, 1, 2..., stored by older versions of the hub's library
+
+    def __init__(self, config):
+        super().__init__()
+        if config['hidden_act'] != 'gelu':
+            raise ValueError(f"CLIP config has hidden_act {config['hidden_act']!r}; SVD's encoder has 'gelu'")
+        width, patch, eps = config['hidden_size'], config['patch_size'], config['layer_norm_eps']
+        self.image_size, tokens = config['image_size'], (config['image_size'] // patch) ** 2 + 1
+        embeddings = nn.ModuleDict({'patch_embedding': nn.Conv2d(config['num_channels'], width, patch, patch, bias=False),
+                                    'position_embedding': nn.Embedding(tokens, width)})
+        embeddings.class_embedding = nn.Parameter(torch.zeros(width))
+        self.vision_model = nn.ModuleDict({
+            'embeddings': embeddings,
+            'pre_layrnorm': nn.LayerNorm(width, eps),                   # the published files really spell it so
+            'encoder': nn.ModuleDict({'layers': nn.ModuleList(
+                CLIPLayer(width, config['intermediate_size'], config['num_attention_heads'], eps)
+                for _ in range(config['num_hidden_layers']))}),
+            'post_layernorm': nn.LayerNorm(width, eps)})
+        self.visual_projection = nn.Linear(width, config['projection_dim'], bias=False)
+
+    @classmethod
+    def from_config(cls, config):
+        """`config`: the contents of the hub's image_encoder/config.json. Raises ValueError for a config of another kind."""
+        try:
+            return cls(config)
+        except KeyError as error:
+            raise ValueError(f'CLIP config lacks the key {error}: is it the config.json of SVD\'s image_encoder?') from None
+
+    @classmethod
+    def from_pretrained(cls, folder_or_repo, subfolder='image_encoder', dtype=torch.float32, device='cpu'):
+        return load_pretrained(cls, folder_or_repo, subfolder, dtype, device)
+
+    def forward(self, pixels):
+        """pixels (B, 3, 224, 224) from clip_preprocess -> (B, D)"""
+        model = self.vision_model
+        patches = model['embeddings']['patch_embedding'](pixels).flatten(2).transpose(1, 2)          # (B, 256, width)
+        first = model['embeddings'].class_embedding.expand(len(pixels), 1, -1)
+        x = torch.cat([first, patches], 1) + model['embeddings']['position_embedding'].weight        # (B, 257, width)
+        x = model['pre_layrnorm'](x)
+        for layer in model['encoder']['layers']:
+            x = layer(x)
+        return self.visual_projection(model['post_layernorm'](x[:, 0]))                              # (B, D)
+
+
+def clip_preprocess(images, size=224):
+    """SVD's preparation of images for CLIP: blur against aliasing, bicubic resize, normalisation.
+
+    images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size) with CLIP's mean and standard deviation. The aspect ratio is not
+    kept: SVD was trained so. The blur is a Gaussian of sigma (H / size - 1) / 2 pixels, cut off at two sigmas."""
+    for axis in (-2, -1):
+        sigma = max((images.shape[axis] / size - 1) / 2, 0.001)
+        reach = int(max(4 * sigma, 3)) // 2                             # the kernel has 2 reach + 1 taps
+        offset = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
+        kernel = torch.exp(-offset ** 2 / (2 * sigma ** 2))
+        kernel = (kernel / kernel.sum()).view((-1, 1) if axis == -2 else (1, -1)).expand(images.shape[1], 1, -1, -1)
+        padding = (0, 0, reach, reach) if axis == -2 else (reach, reach, 0, 0)
+        images = F.conv2d(F.pad(images, padding, mode='reflect'), kernel, groups=images.shape[1])
+    images = F.interpolate(images, (size, size), mode='bicubic', align_corners=True)
+    mean, std = (torch.tensor(value, dtype=images.dtype, device=images.device)[:, None, None]
+                 for value in (CLIP_MEAN, CLIP_STD))
+    return ((images + 1) / 2 - mean) / std
+
+
 # -------------------------------------------------------------------------------------------------------- the 4D model
 
 def precondition(sigma):
