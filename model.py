@@ -111,29 +111,33 @@ def load_pretrained(module_class, folder_or_repo, subfolder=None, dtype=torch.fl
 
     Raises ValueError, in one line that names it, for a missing or unexpected key, a wrong shape, a damaged file, a folder
     without config.json and a repo that can't be reached."""
-    folder = hub_folder(folder_or_repo, subfolder)
+    half = dtype in (torch.float16, torch.bfloat16)
+    folder = hub_folder(folder_or_repo, subfolder, half)
     config_path = folder / 'config.json'
     if not config_path.is_file():
         raise ValueError(f'{folder} has no config.json: give a folder in the hub\'s layout (config.json + .safetensors)')
     with torch.device('meta'):
         module = module_class.from_config(json.loads(config_path.read_text()))
-    load_weights(module, weight_files(folder, prefer_half=dtype == torch.float16), dtype, device)
+    load_weights(module, weight_files(folder, half), dtype, device)
     return module.eval()
 
 
-def hub_folder(folder_or_repo, subfolder=None):
-    """The local folder of a hub repo (downloaded or already cached) or of a path; interrupted downloads are resumed."""
+def hub_folder(folder_or_repo, subfolder=None, half=False):
+    """The folder of a local copy, or of a hub repo: downloaded, resumed, or already there. half: the .fp16 files, where the
+    repo has them, are enough. Raises a one-line ValueError."""
     subfolder = subfolder or ''
     if Path(folder_or_repo).is_dir():
         return Path(folder_or_repo) / subfolder
     if Path(folder_or_repo).exists() or str(folder_or_repo).count('/') != 1 or str(folder_or_repo)[0] in './~':
         raise ValueError(f'{folder_or_repo} is neither a folder nor a hub repo name (owner/name)')
     from huggingface_hub import snapshot_download
-    prefix = f'{subfolder}/' if subfolder else ''
     try:
-        root = snapshot_download(str(folder_or_repo), allow_patterns=[prefix + 'config.json', prefix + '*.safetensors',
-                                                                      prefix + '*.safetensors.index.json'],
-                                 ignore_patterns=['*.fp16.*'])
+        for variant in (half, not half):
+            wanted = ['config.json'] + (['*fp16*'] if variant else ['*.safetensors', '*.safetensors.index.json'])
+            root = snapshot_download(str(folder_or_repo), allow_patterns=[f'{subfolder}/{name}'.lstrip('/') for name in wanted],
+                                     ignore_patterns=['*.bin'] + ([] if variant else ['*fp16*']))
+            if any((Path(root) / subfolder).glob('*.safetensors')):
+                break
     except Exception as error:                          # the client has some ten error types for "no", "not now", "not you"
         raise ValueError(f'cannot download {folder_or_repo} ({type(error).__name__}): accept its licence at '
                          f'https://huggingface.co/{folder_or_repo} and run `hf auth login`, or pass the folder of a local '
@@ -141,9 +145,9 @@ def hub_folder(folder_or_repo, subfolder=None):
     return Path(root) / subfolder
 
 
-def weight_files(folder, prefer_half=False):
-    """The safetensors files of a folder in the hub's layout: the full-precision ones if there, else the .fp16 variant."""
-    for variant in ('.fp16', '') if prefer_half else ('', '.fp16'):
+def weight_files(folder, half=False):
+    """The safetensors files of a folder in the hub's layout: of its two variants the wanted one, else the other."""
+    for variant in ('.fp16', '') if half else ('', '.fp16'):
         for stem in ('diffusion_pytorch_model', 'model'):
             index = folder / f'{stem}.safetensors.index{variant}.json'
             single = folder / f'{stem}{variant}.safetensors'
@@ -192,10 +196,14 @@ class Condition(NamedTuple):
         return Condition(*(field[rows] for field in self))
 
 
+def frequencies(width, device):
+    """1 ... 1/10000 in `width` geometric steps, in float32 as in the reference implementation, whatever the model's dtype."""
+    return torch.exp(-math.log(10000) * torch.arange(width, dtype=torch.float32, device=device) / width)
+
+
 def sinusoid(x, width):
-    """Sinusoidal embedding [cos, sin] of x (...,) -> (..., width), always in float32, as the published weights expect."""
-    frequency = torch.exp(-math.log(10000) * torch.arange(width // 2, dtype=torch.float32, device=x.device) / (width // 2))
-    angle = x.float()[..., None] * frequency
+    """Sinusoidal embedding [cos, sin] of x (...,) -> (..., width), float32."""
+    angle = x.float()[..., None] * frequencies(width // 2, x.device)
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
@@ -229,6 +237,8 @@ class TimeConv(nn.Conv3d):
         super().__init__(channels, channels, (3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, x):
+        if x.shape[2] == 1:                             # a single frame: both neighbours in time are padding, zero
+            return F.conv2d(x, self.weight[:, :, 1], self.bias)
         return F.conv2d(x, self.weight[..., 0], self.bias, padding=(1, 0))
 
 
@@ -701,8 +711,8 @@ class Model4D(nn.Module):
     def copy_decoder(self):
         """Makes decoder B a copy of decoder A as it is now, sharing no storage: call it after loading weights into `unet`."""
         if not self.rgb_only:
-            self.decoder_b = Decoder.__new__(Decoder)
-            nn.Module.__init__(self.decoder_b)
+            with torch.device('meta'):
+                self.decoder_b = Decoder(self.unet.config)
             self.decoder_b.checkpointing = self.unet.checkpointing
             for name in ('up_blocks', 'conv_norm_out', 'conv_out'):
                 setattr(self.decoder_b, name, copy.deepcopy(getattr(self.unet, name)))
