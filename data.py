@@ -23,9 +23,11 @@ Hugging Face dataset Zeyi/4dgen-dataset.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +37,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from einops import rearrange
+from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 FAR = 2.0                   # metres; farther depth counts as invalid
@@ -72,7 +75,7 @@ def pixel_rays(height, width, intrinsics):
     """
     numpy = isinstance(intrinsics, np.ndarray)
     v, u = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    u, v = (u, v) if numpy else (torch.as_tensor(u).to(intrinsics), torch.as_tensor(v).to(intrinsics))
+    u, v = ((x.astype(intrinsics.dtype) if numpy else torch.as_tensor(x).to(intrinsics)) for x in (u, v))
     focal = lambda i: intrinsics[..., i, i, None, None]
     centre = lambda i: intrinsics[..., i, 2, None, None]
     x = (u - centre(0)) / focal(0)                                              # (..., H, W)
@@ -135,7 +138,7 @@ def point_maps(depth, intrinsics):
     becomes the camera's position, a point that no surface has.
     """
     valid = (depth > 0) & (depth <= FAR)
-    filled = depth * valid + FAR * ~valid
+    filled = depth + (FAR - depth) * ~valid
     return unproject(filled, intrinsics), valid
 
 
@@ -436,6 +439,727 @@ def read_clip(episode, start, cameras, predicted, size):
         opening=torch.from_numpy(episode.gripper_opening[times]).float(),
         name=f"{episode.folder.name} t{start} cameras {'-'.join(str(c + 1) for c in cameras)}",
     )
+
+
+# ------------------------------------------------------------------------------------------------------- renderer
+
+def look_at(position, target):
+    """cam_in_world (4,4) of a camera at `position` that looks at `target`, upright (world z up)."""
+    z = np.asarray(target, float) - position
+    z /= np.linalg.norm(z)
+    x = np.cross(z, (0, 0, 1))
+    x /= np.linalg.norm(x)
+    cam_in_world = np.eye(4)
+    cam_in_world[:3] = np.stack([x, np.cross(z, x), z, position], 1)
+    return cam_in_world
+
+
+def ranges(first, count):
+    """first (n,), count (n,) -> owner, value: entry i stands count[i] times, with the values first[i], first[i] + 1, ..."""
+    owner = np.repeat(np.arange(len(count)), count)
+    value = np.arange(len(owner)) + np.repeat(first - (np.cumsum(count) - count), count)
+    return owner, value
+
+
+def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01):
+    """One triangle mesh as K pinhole cameras see it: the depth of the nearest surface, and which face it is.
+
+    vertices_in_cam (K,N,3) metres, OpenCV camera axes; faces (M,3) vertex numbers; intrinsics (K,3,3) or (3,3) pixels.
+    Returns depth (K,H,W) float32, z in metres, 0 where there is nothing, and face (K,H,W) int32, -1 where there is nothing.
+    Integer pixel coordinates are pixel centres. Both sides of a face are drawn. What is nearer than `near` is cut away.
+
+    Let the corners of a face be v_i, and Q the matrix with the columns q_i = K v_i. The ray of pixel p = (x, y, 1) meets
+    the face's plane at sum_i w_i v_i / sum_i w_i with w = Q^-1 p; the point is on the face, in front of the camera, where
+    all w_i >= 0, and there 1/z = sum_i w_i. All of it is linear in x and y, and no vertex is divided by its z, so that
+    faces reaching behind the camera need no clipping (Olano and Greer 1997, "Triangle scan conversion using 2D homogeneous
+    coordinates").
+    """
+    vertices_in_cam, faces = np.asarray(vertices_in_cam, float), np.asarray(faces)
+    K, pixels = len(vertices_in_cam), height * width
+    intrinsics = np.broadcast_to(np.asarray(intrinsics, float), (K, 3, 3))
+    group = max(1, 2**20 // pixels)                      # cameras at a time, so that memory does not grow with K
+    if K > group:
+        parts = [rasterize(vertices_in_cam[i:i + group], faces, intrinsics[i:i + group], height, width, near)
+                 for i in range(0, K, group)]
+        return tuple(np.concatenate(part) for part in zip(*parts))
+
+    # 1. The pixel box of every face in every camera. Most faces of a fine mesh end here, between pixel centres.
+    q = np.moveaxis(vertices_in_cam @ intrinsics.mT, -1, 0)                     # (3,K,N), the last one is z
+    in_front = q[2] > near
+    xy = q[:2] / np.where(in_front, q[2], 1)
+    low, high = np.where(in_front, xy, -np.inf), np.where(in_front, xy, np.inf)  # a corner behind: no bound
+    a, b, c = faces.T
+    low = np.minimum(np.minimum(low[..., a], low[..., b]), low[..., c])         # (2,K,M)
+    high = np.maximum(np.maximum(high[..., a], high[..., b]), high[..., c])
+    low = np.ceil(low.clip(0, 2**30))
+    high = np.floor(np.minimum(high, np.array([width - 1, height - 1])[:, None, None]))
+    any_in_front = in_front[:, a] | in_front[:, b] | in_front[:, c]
+    view, face = np.nonzero((low[0] <= high[0]) & (low[1] <= high[1]) & any_in_front)
+    low, high = low[:, view, face].astype(int), high[:, view, face].astype(int)  # (2,n)
+
+    # 2. Four lines per face, as functions of (x, y, 1) that are >= 0 inside: its three edges, and z >= near.
+    q0, q1, q2 = (q[:, view, corner[face]] for corner in (a, b, c))             # (3,n)
+    w = np.stack([np.cross(q1, q2, axis=0), np.cross(q2, q0, axis=0), np.cross(q0, q1, axis=0)])
+    det = (w[0] * q0).sum(0)
+    visible = np.abs(det) > 1e-12                                               # a face seen edge-on covers nothing
+    w = w / np.where(visible, det, np.inf)                                      # (3,3,n), the rows of Q^-1
+    inverse_z = w.sum(0)                                                        # (3,n)
+    lines = np.concatenate([w, (np.array([[0], [0], [1 / near]]) - inverse_z)[None]])  # (4,3,n)
+
+    # 3. The span of pixels, start to stop, in every row of every face.
+    tri, y = ranges(low[1], np.where(visible, high[1] - low[1] + 1, 0))
+    slope, offset = lines[:, 0, tri], lines[:, 1, tri] * y + lines[:, 2, tri]   # (4,rows)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        root = -offset / slope
+    left = np.where(slope > 0, root, np.where((slope == 0) & (offset < 0), np.inf, -np.inf)).max(0)
+    right = np.where(slope < 0, root, np.inf).min(0)
+    # The 1e-6 of a pixel lets both neighbours own a pixel centre on their common edge: rounding opens no crack.
+    start = np.ceil(np.clip(left - 1e-6, low[0, tri], width)).astype(int)
+    stop = np.floor(np.clip(right + 1e-6, -1, high[0, tri])).astype(int)
+    row, x = ranges(start, (stop - start + 1).clip(0))
+
+    # 4. The z-buffer: the largest 1/z wins. The bits of positive floats sort as the floats do, so that the maximum of one
+    # integer made of (bits of 1/z, face) keeps both the depth and the face.
+    fragment = (inverse_z[1, tri] * y + inverse_z[2, tri])[row] + inverse_z[0, tri][row] * x
+    key = fragment.astype(np.float32).view(np.int32).astype(np.int64) << 32 | face[tri][row]
+    buffer = np.zeros(K * pixels, np.int64)
+    np.maximum.at(buffer, (view[tri] * pixels + y * width)[row] + x, key)
+    nearest = (buffer >> 32).astype(np.int32).view(np.float32)
+    depth = np.divide(1, nearest, out=np.zeros_like(nearest), where=buffer > 0)
+    face = np.where(buffer > 0, buffer & 0xffffffff, -1).astype(np.int32)
+    return depth.reshape(K, height, width), face.reshape(K, height, width)
+
+
+def load_mesh(path):
+    """An OBJ or STL (binary or ascii) file -> vertices (N,3) float64 in the file's unit, faces (M,3) int64.
+
+    Polygons become fans of triangles. Raises ValueError, one line, for a file that is not such a mesh.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        if path.suffix.lower() == ".obj":
+            words = [line.split() for line in data.decode().splitlines()]
+            vertices = [[float(v) for v in w[1:4]] for w in words if w[:1] == ["v"]]
+            polygons = [[int(v.split("/")[0]) for v in w[1:]] for w in words if w[:1] == ["f"]]
+            faces = np.array([(f[0], f[i], f[i + 1]) for f in polygons for i in range(1, len(f) - 1)], int).reshape(-1, 3)
+            faces = np.where(faces > 0, faces - 1, faces + len(vertices))       # counted from 1, or back from the end
+        elif path.suffix.lower() == ".stl":
+            count = int.from_bytes(data[80:84], "little")
+            if len(data) == 84 + 50 * count:                                    # binary: 12 floats and 2 bytes a face
+                record = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+                corners = np.frombuffer(data, record, count, 84)["corners"].reshape(-1, 3)
+            else:
+                words = [line.split() for line in data.decode().splitlines()]
+                corners = np.array([[float(v) for v in w[1:4]] for w in words if w[:1] == ["vertex"]]).reshape(-1, 3)
+            vertices, faces = np.unique(corners, axis=0, return_inverse=True)   # each face repeats its corners
+            faces = faces.reshape(-1, 3)
+        else:
+            raise ValueError("its name must end in .obj or .stl")
+        vertices = np.array(vertices, float).reshape(-1, 3)
+        if not len(faces) or not np.isfinite(vertices).all() or faces.min() < 0 or faces.max() >= len(vertices):
+            raise ValueError("it has no triangles, or corners that do not exist")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such mesh file") from None
+    except (ValueError, IndexError, OSError) as error:
+        raise ValueError(f"{path} is no readable OBJ or STL mesh: {str(error).splitlines()[0]}") from None
+    return vertices, faces.astype(np.int64)
+
+
+def render(bodies, body_in_world, intrinsics, cam_in_world, size, lamp=(-0.5, -0.7, 1.9), samples=1):
+    """Pictures of rigid painted bodies (see Body) from K cameras.
+
+    body_in_world (N,4,4), intrinsics (K,3,3) pixels of size (H, W), cam_in_world (K,4,4), lamp (3,) in the world. Returns
+    rgb (K,H,W,3) uint8, depth (K,H,W) float32 z in metres (0: nothing there), label (K,H,W) uint8, normal (K,H,W,3)
+    float32 in the world, towards the camera. `samples` (odd) rays a pixel and axis smooth the colours; depth, label and
+    normal are those of the pixel's centre. Light: a lamp with hard shadows (a depth map seen from the lamp), Lambert's
+    cosine, and a sky that is brighter than the ground.
+    """
+    counts = [len(body.mesh[0]) for body in bodies]
+    vertices = np.concatenate([transform(body.mesh[0], pose) for body, pose in zip(bodies, body_in_world)])
+    faces = np.concatenate([body.mesh[1] + start for body, start in zip(bodies, np.cumsum(counts) - counts)])
+    owner_of_face = np.repeat(np.arange(len(bodies), dtype=np.uint8), [len(body.mesh[1]) for body in bodies])
+    edges = vertices[faces[:, 1:]] - vertices[faces[:, :1]]
+    normal_of_face = np.cross(edges[:, 0], edges[:, 1])
+    normal_of_face /= np.linalg.norm(normal_of_face, axis=1, keepdims=True).clip(1e-12)
+    label_of_body = np.array([body.label for body in bodies], np.uint8)
+    body_in_world = body_in_world.astype(np.float32)
+
+    # The lamp's own picture of the world tells which points it lights.
+    lamp, resolution = np.array(lamp, np.float32), 512
+    world_in_lamp = invert(look_at(lamp, (0.05, 0, 0)))
+    lamp_intrinsics = np.array([[resolution, 0, resolution / 2], [0, resolution, resolution / 2], [0, 0, 1]])
+    lamp_depth = rasterize(transform(vertices, world_in_lamp)[None], faces, lamp_intrinsics, resolution, resolution)[0][0]
+    world_in_lamp_pixels = (lamp_intrinsics @ world_in_lamp[:3]).astype(np.float32)
+    dot = lambda a, b: np.einsum("pi,pi->p", a, b)
+
+    H, W = size
+    fine_size = H * samples, W * samples
+    centres = np.s_[samples // 2::samples, samples // 2::samples]               # the middle sample is the pixel's centre
+    pictures = []
+    for fine, camera in zip(scale_intrinsics(intrinsics, size, fine_size), cam_in_world):
+        depth, face = rasterize(transform(vertices, invert(camera))[None], faces, fine, *fine_size)
+        depth, face = depth[0], face[0]
+        points = transform(unproject(depth, fine.astype(np.float32)), camera.astype(np.float32)).reshape(-1, 3)
+        normal = normal_of_face.astype(np.float32)[face].reshape(-1, 3)
+        normal = normal * np.copysign(1, dot(normal, camera[:3, 3].astype(np.float32) - points))[:, None]
+
+        u, v, z = world_in_lamp_pixels[:, :3] @ points.T + world_in_lamp_pixels[:, 3:]
+        u, v = ((x / z + 0.5).clip(0, resolution - 1).astype(int) for x in (u, v))
+        lit = z < lamp_depth[v, u] + 0.005                                      # 5 mm: no surface may shade itself
+        to_lamp = lamp - points
+        cosine = dot(normal, to_lamp) / np.sqrt(dot(to_lamp, to_lamp))
+        light = 0.42 + 0.13 * normal[:, 2] + 0.55 * lit * cosine.clip(0)
+
+        owner = np.where(face >= 0, owner_of_face[face], 255).ravel()
+        color = np.zeros_like(points)
+        for i in np.unique(owner[owner < 255]):
+            mine = np.flatnonzero(owner == i)
+            rotation, position = body_in_world[i, :3, :3], body_in_world[i, :3, 3]
+            color[mine] = bodies[i].paint((points[mine] - position) @ rotation, normal[mine] @ rotation)
+        rgb = ((color * light[:, None]).clip(0, 1) * (255 / samples**2)).reshape(*fine_size, 3)
+        rgb = sum(rgb[i::samples] for i in range(samples))
+        rgb = sum(rgb[:, i::samples] for i in range(samples))
+        label = np.where(face[centres] >= 0, label_of_body[owner_of_face[face[centres]]], OTHER).astype(np.uint8)
+        normal = np.where(face[..., None] >= 0, normal.reshape(*fine_size, 3), 0)
+        pictures.append((rgb.round().astype(np.uint8), depth[centres], label, normal[centres]))
+    return tuple(np.stack(images) for images in zip(*pictures))
+
+
+# ------------------------------------------------------------------------------------------------ meshes and paint
+
+@dataclass(frozen=True)
+class Body:
+    """A rigid piece of the world."""
+    mesh: tuple             # vertices (N,3) metres in the body's own frame, faces (M,3)
+    paint: object           # points (P,3) and normals (P,3) in the body's frame -> colours (P,3) in 0..1
+    label: int = OTHER
+
+
+def skin(rings):
+    """rings (R,S,3), each counter-clockwise seen from the last one -> the closed mesh through them, normals outward."""
+    R, S, _ = rings.shape
+    vertices = np.concatenate([rings.reshape(-1, 3), rings[[0, -1]].mean(1)])   # the last two: middles of the caps
+    i, j = np.meshgrid(np.arange(R - 1), np.arange(S), indexing="ij")
+    here, right, above, across = (r * S + s % S for r, s in ((i, j), (i, j + 1), (i + 1, j), (i + 1, j + 1)))
+    sides = [np.stack([here, right, across], -1), np.stack([here, across, above], -1)]
+    j, next_j, top = np.arange(S), (np.arange(S) + 1) % S, (R - 1) * S
+    caps = [np.stack([0 * j + R * S, next_j, j], -1), np.stack([0 * j + R * S + 1, top + j, top + next_j], -1)]
+    return vertices, np.concatenate([part.reshape(-1, 3) for part in sides + caps])
+
+
+def loft(*sections):
+    """Rectangles (z, low x, high x, low y, high y) in order of z, joined into one solid."""
+    return skin(np.array([[(x0, y0, z), (x1, y0, z), (x1, y1, z), (x0, y1, z)] for z, x0, x1, y0, y1 in sections], float))
+
+
+def box(size, centre=(0, 0, 0)):
+    (x0, y0, z0), (x1, y1, z1) = np.array(centre) - np.array(size) / 2, np.array(centre) + np.array(size) / 2
+    return loft((z0, x0, x1, y0, y1), (z1, x0, x1, y0, y1))
+
+
+def lathe(*profile, segments=20):
+    """A profile of (radius, z) points, from below, turned about the z axis. Going back down inside makes a vessel."""
+    angle = 2 * np.pi * np.arange(segments) / segments
+    return skin(np.array([[(r * np.cos(t), r * np.sin(t), z) for t in angle] for r, z in profile], float))
+
+
+def capsule(length, radius):
+    """From the origin along z, with round ends."""
+    turn = np.linspace(0, np.pi / 2, 4)
+    below, above = zip(radius * np.sin(turn), -radius * np.cos(turn)), zip(radius * np.cos(turn), length + radius * np.sin(turn))
+    return lathe(*below, *above, segments=14)
+
+
+def merge(*meshes):
+    """Several (vertices, faces) as one mesh."""
+    counts = [len(vertices) for vertices, _ in meshes]
+    starts = np.cumsum(counts) - counts
+    return np.concatenate([v for v, _ in meshes]), np.concatenate([f + start for (_, f), start in zip(meshes, starts)])
+
+
+def gripper_mesh():
+    """A parallel-jaw gripper with the outer dimensions of the Franka hand, from primitives.
+
+    Returns {"hand": (vertices, faces), "finger": (vertices, faces)}, metres, in the hand frame. "finger" is the left finger
+    at opening 0. At opening w it moves by (0, +w/2, 0), and the right finger is the same mesh turned by 180 degrees about z,
+    then moved by (0, -w/2, 0).
+    """
+    flange = lathe((0.0315, -0.004), (0.0315, 0.014), segments=16)
+    body = loft((-0.012, -0.012, 0.012, -0.097, 0.085), (0.004, -0.022, 0.022, -0.103, 0.097),
+                (0.022, -0.0205, 0.0205, -0.1, 0.1), (0.0655, -0.0185, 0.0185, -0.1, 0.1))
+    slider = loft((0.053, -0.0105, 0.0105, 0.003, 0.0258), (0.072, -0.0105, 0.0105, 0.0155, 0.0258))
+    tip = loft((0.068, -0.0105, 0.0105, 0.0125, 0.0235), (0.0885, -0.009, 0.009, 0.0, 0.0150),
+               (0.1063, -0.009, 0.009, 0.0, 0.0128))
+    return {"hand": merge(flange, body), "finger": merge(slider, tip)}
+
+
+LATTICE = np.random.default_rng(0).random((256, 256), dtype=np.float32)
+
+
+def noise(u, v):
+    """A smooth random field in 0..1 over the plane, with features of size 1."""
+    i, j = np.floor(u).astype(int), np.floor(v).astype(int)
+    a, b = (t * t * (3 - 2 * t) for t in (u - i, v - j))
+    corner = lambda di, dj: LATTICE[(j + dj) & 255, (i + di) & 255]
+    return (corner(0, 0) * (1 - a) + corner(1, 0) * a) * (1 - b) + (corner(0, 1) * (1 - a) + corner(1, 1) * a) * b
+
+
+def plain(color):
+    return lambda points, normals: np.broadcast_to(np.float32(color), points.shape)
+
+
+def wood(color, plank):
+    """Planks along x, each of its own shade, with grain and blotches."""
+    def paint(points, normals):
+        x, y = points[:, 0], points[:, 1]
+        number = np.floor(y / plank)
+        shade = 0.68 + 0.2 * noise(number * 3.7, number * 0) + 0.14 * noise(x * 9 + 5.3 * number, y * 110) \
+            + 0.18 * noise(x * 4 + 90, y * 4)
+        return shade[:, None] * np.float32(color)
+    return paint
+
+
+def stripes(a, b, width, axis=2):
+    """Two colours in turn along an axis of the body."""
+    def paint(points, normals):
+        return np.where(np.floor(points[:, axis, None] / width) % 2 > 0, np.float32(a), np.float32(b))
+    return paint
+
+
+def checks(a, b, cell):
+    def paint(points, normals):
+        return np.where(np.floor(points / cell + 1e-3).sum(1, keepdims=True) % 2 > 0, np.float32(a), np.float32(b))
+    return paint
+
+
+def cardboard(front, back):
+    """A cereal box: a coloured front with a title bar, a white bowl and lines of print."""
+    def paint(points, normals):
+        x, z = points[:, 0], points[:, 2]
+        face = np.abs(normals[:, 1]) > 0.5
+        color = np.where((z > 0.035)[:, None], np.float32(back), np.float32(front))
+        color = np.where((face & (np.hypot(x, z + 0.015) < 0.03))[:, None], np.float32((0.97, 0.95, 0.9)), color)
+        print_ = ~face & (np.floor(z / 0.008) % 2 > 0) & (z < 0.02) & (np.abs(points[:, 1]) < 0.016)
+        return np.where(print_[:, None], np.float32((0.95, 0.95, 0.95)), color)
+    return paint
+
+
+def cloth(table, centre, half, a, b):
+    """A table top with a checked place mat painted on it: something that is at one place only."""
+    mat = checks(a, b, half[0] / 2)
+
+    def paint(points, normals):
+        local = points - np.float32((*centre, 0))
+        inside = (np.abs(local[:, 0]) < half[0]) & (np.abs(local[:, 1]) < half[1])
+        return np.where(inside[:, None], mat(local * np.float32((1, 1, 0)), normals), table(points, normals))
+    return paint
+
+
+# ------------------------------------------------------------------------------------------------ synthetic world
+# A kinematic world: hands go where they are told, what is gripped moves with the hand, what is let go falls straight down. Arms
+# do not collide with anything.
+
+HZ = 10                     # frames a second of a synthetic recording
+TCP = 0.1                   # metres from the hand's origin to the middle of the finger pads, along z
+PADS = np.array([(x, z) for x in (-0.008, 0, 0.008) for z in (0.089, 0.094, 0.1, 0.105)])  # (x, z) on a pad, hand frame
+UP = np.array([0.0, 0, 1])
+
+
+def pose(position, rotation=np.eye(3)):
+    """a_in_b (4,4) from the position (3,) and the rotation (3,3) of frame a in frame b."""
+    a_in_b = np.eye(4)
+    a_in_b[:3, :3], a_in_b[:3, 3] = rotation, position
+    return a_in_b
+
+
+def turn(axis, angle):
+    """Rotation (3,3) by an angle in radians about axis 'x', 'y' or 'z'."""
+    return Rotation.from_euler(axis, angle).as_matrix()
+
+
+def hand(tip, forward, closing):
+    """gripper_in_world whose finger pads are centred on `tip`, palm facing along `forward`, fingers moving along `closing`."""
+    z = np.array(forward, float) / np.linalg.norm(forward)
+    y = closing - (closing @ z) * z
+    y /= np.linalg.norm(y)
+    return pose(np.array(tip) - TCP * z, np.stack([np.cross(y, z), y, z], 1))
+
+
+def shift(a_in_b, offset):
+    """The pose moved by an offset (3,) given in frame b."""
+    return pose(a_in_b[:3, 3] + offset, a_in_b[:3, :3])
+
+
+def stretch(start, end, side):
+    """Pose at `start` with z towards `end`, and its x axis near `side`."""
+    z = (end - start) / np.linalg.norm(end - start)
+    y = np.cross(z, side)
+    y /= np.linalg.norm(y)
+    return pose(start, np.stack([np.cross(y, z), y, z], 1))
+
+
+UPPER_ARM, FOREARM = 0.36, 0.42
+
+
+def arm_bodies(arm, color):
+    """The links of one arm, from base to fingers, in the order of arm_poses."""
+    white, dark = plain((0.93, 0.93, 0.92)), plain((0.25, 0.26, 0.28))
+    label = (RIGHT_GRIPPER, LEFT_GRIPPER)[arm]
+    gripper = gripper_mesh()
+    finger = Body(gripper["finger"], plain((0.32, 0.33, 0.36)), label)
+    joint = merge(lathe((0.062, -0.075), (0.062, 0.075)))
+    return [Body(lathe((0.11, -0.03), (0.11, 0.02), (0.08, 0.05), (0.075, 0.26)), white),
+            Body(joint, dark), Body(capsule(UPPER_ARM, 0.06), stripes(color, (0.93, 0.93, 0.92), 0.19)), Body(joint, dark),
+            Body(capsule(FOREARM, 0.05), white), Body(lathe((0.05, -0.06), (0.05, 0.06)), dark),
+            Body(lathe((0.048, -0.05), (0.048, 0.05), (0.036, 0.1)), plain(color)),
+            Body(gripper["hand"], white, label), finger, finger]
+
+
+def arm_poses(base, gripper_in_world, opening):
+    """Where the links are, as body_in_world (10,4,4): a shoulder, an elbow that points up, and a wrist behind the hand."""
+    shoulder = base + 0.333 * UP
+    wrist = gripper_in_world[:3, 3] - 0.15 * gripper_in_world[:3, 2]
+    reach = np.linalg.norm(wrist - shoulder)
+    along = (wrist - shoulder) / reach
+    side = np.cross(UP, along)
+    side /= np.linalg.norm(side)
+    ahead = (UPPER_ARM**2 - FOREARM**2 + reach**2) / (2 * reach)               # law of cosines
+    above = np.sqrt(max(0.0, UPPER_ARM**2 - ahead**2))
+    elbow = shoulder + ahead * along + above * np.cross(along, side)
+    forearm = stretch(elbow, wrist, side)
+    left = gripper_in_world @ pose((0, opening / 2, 0))
+    right = gripper_in_world @ pose((0, -opening / 2, 0), turn("z", np.pi))
+    across = stretch(shoulder, shoulder + side, UP)
+    return np.stack([pose(base), across, stretch(shoulder, elbow, side), pose(elbow, across[:3, :3]), forearm,
+                     pose(wrist, across[:3, :3]), pose(gripper_in_world[:3, 3], gripper_in_world[:3, :3]) @ pose((0, 0, -0.1)),
+                     gripper_in_world, left, right])
+
+
+def within(points, half, order):
+    """Whether points (...,d) in a body's frame are inside a box (order inf) or ellipsoid (order 2) of half sizes (d,)."""
+    return np.linalg.norm(points / np.array(half), ord=order, axis=-1) <= 1
+
+
+# Each scene below returns
+#   fixed    [(Body, body_in_world)] the furniture          object   Body of the manipulated thing
+#   object_in_world (4,4) at the start                      solid    (half sizes, order) of what fingers can grip of it, see within
+#   supports [(support_in_world, half sizes (2,), order, height)] what it can rest on besides the table
+#   done     object_in_world -> bool, once nothing holds it
+#   bases    [(3,)] where the arms stand                    keys     the script: [(seconds, {arm: (gripper_in_world, opening)})]
+
+def cereal_scene(draw):
+    """Task 1: a box stands on a shelf; the arm takes it from there and stores it below the shelf."""
+    front, back = draw.permutation([(0.85, 0.15, 0.1), (0.1, 0.35, 0.8), (0.95, 0.75, 0.1), (0.1, 0.6, 0.3)])[:2]
+    yaw, side = draw.uniform(-0.5, 0.5), draw.uniform(-0.12, 0.12)
+    height = draw.uniform(0.25, 0.29)
+    shelf = pose((draw.uniform(0.17, 0.23), side, 0), turn("z", yaw))
+    size = np.array([0.1, 0.045, 0.15]) * draw.uniform(0.9, 1.1, 3)
+    depth, width = 0.24, 0.36
+    board = box((depth, width, 0.018), (0, 0, height - 0.009))
+    walls = [box((depth, 0.016, height - 0.018), (0, s * (width / 2 - 0.008), (height - 0.018) / 2)) for s in (-1, 1)]
+    tone = draw.uniform(0.75, 1.1)
+    fixed = [(Body(merge(board, *walls), wood(np.array((0.42, 0.27, 0.17)) * tone, 0.06)), shelf)]
+    start = shelf @ pose((draw.uniform(-0.05, -0.02), draw.uniform(-0.09, 0.09), height + size[2] / 2),
+                         turn("z", draw.uniform(-0.15, 0.15)))
+    end = shelf @ pose((draw.uniform(-0.03, 0.0), draw.uniform(-0.06, 0.06), size[2] / 2))
+
+    pitch = draw.uniform(0.25, 0.5)
+    grip = hand((-size[0] / 2 + 0.027, 0, 0.015), (np.cos(pitch), 0, -np.sin(pitch)), (0, 1, 0))   # gripper_in_object
+    home = hand((draw.uniform(-0.25, -0.12), draw.uniform(-0.2, 0.2), draw.uniform(0.3, 0.42)), (0.5, 0, -1), (0, 1, 0))
+    take, put = start @ grip, end @ grip
+    out = -0.2 * shelf[:3, 0]
+    before = pose(put[:3, 3] + out + 0.03 * UP, put[:3, :3])
+    wide, tight = 0.08, 0.0
+    keys = [(0.0, {0: (home, wide)}), (1.1, {0: (shift(take, -0.1 * take[:3, 2]), wide)}), (0.7, {0: (take, wide)}),
+            (0.4, {0: (take, tight)}), (0.4, {0: (shift(take, 0.05 * UP), tight)}),
+            (0.8, {0: (shift(take, 0.05 * UP + out), tight)}), (0.9, {0: (before, tight)}),
+            (0.9, {0: (shift(put, 0.012 * UP), tight)}), (0.3, {0: (put, tight)}), (0.4, {0: (put, wide)}),
+            (0.7, {0: (shift(put, -0.14 * put[:3, 2]), wide)}), (0.6, {0: (home, wide)})]
+
+    def done(object_in_world):
+        centre = transform(object_in_world[:3, 3], invert(shelf))
+        return bool(within(centre[:2], (depth / 2, width / 2), np.inf) and centre[2] < height / 2)
+    return SimpleNamespace(
+        fixed=fixed, object=Body(box(size), cardboard(front, back), OBJECT), object_in_world=start, solid=(size / 2, np.inf),
+        supports=[(shelf, (depth / 2, width / 2), np.inf, height)], done=done, bases=[np.array([-0.55, 0, 0])], keys=keys)
+
+
+def spatula_scene(draw):
+    """Task 2: a spatula leans in a crock, blade up; the arm pulls it out, turns it flat and lays it on the table."""
+    height, radius = draw.uniform(0.12, 0.14), draw.uniform(0.048, 0.058)
+    side = draw.choice([-1, 1])
+    crock = pose((draw.uniform(0.05, 0.15), side * draw.uniform(0.08, 0.2), 0))
+    glaze = draw.permutation([(0.75, 0.8, 0.85), (0.2, 0.35, 0.5), (0.8, 0.5, 0.3), (0.35, 0.5, 0.35)])
+    vessel = lathe((radius * 0.9, 0), (radius, height), (radius - 0.006, height), (radius * 0.9 - 0.006, 0.008), segments=24)
+    fixed = [(Body(vessel, stripes(glaze[0], glaze[1], 0.045)), crock)]
+    long = draw.uniform(0.21, 0.24)                                             # the handle, along z from -long / 2
+    shape = merge(box((0.012, 0.018, long)), loft((long / 2, -0.003, 0.003, -0.02, 0.02), (long / 2 + 0.02, -0.002, 0.002, -0.036, 0.036),
+                                                  (long / 2 + 0.09, -0.002, 0.002, -0.036, 0.036)))
+    handle, blade = draw.permutation([(0.8, 0.1, 0.1), (0.1, 0.5, 0.25), (0.95, 0.6, 0.1)])[0], (0.12, 0.12, 0.13)
+
+    def paint(points, normals):
+        return np.where(points[:, 2:] > long / 2, np.float32(blade), np.float32(handle))
+    lean = turn("z", draw.uniform(-0.5, 0.5)) @ turn("y", draw.uniform(-0.1, 0.16))
+    start = pose(crock[:3, 3] - 0.02 * lean[:, 0] * (lean[2, 0] < 0) + (0, 0, 0.008 - (shape[0] @ lean.T)[:, 2].min()), lean)
+    flat = turn("z", draw.uniform(-0.5, 0.5)) @ turn("y", np.pi / 2)            # blade away from the robot, its x axis down
+    end = pose((draw.uniform(-0.1, 0), -side * draw.uniform(0.08, 0.2), 0.006), flat)
+
+    pitch = draw.uniform(0.15, 0.35)
+    grip = hand((0, 0, long / 2 - draw.uniform(0.02, 0.035)), (np.cos(pitch), 0, -np.sin(pitch)), (0, 1, 0))
+    home = hand((draw.uniform(-0.25, -0.15), draw.uniform(-0.15, 0.15), draw.uniform(0.3, 0.42)), (0.5, 0, -1), (0, 1, 0))
+    take, put = start @ grip, end @ grip
+    lifted = shift(take, (0.21 + draw.uniform(0, 0.04)) * UP)
+    keys = [(0.0, {0: (home, 0.08)}), (1.1, {0: (shift(take, -0.1 * take[:3, 2]), 0.08)}), (0.7, {0: (take, 0.08)}),
+            (0.5, {0: (take, 0)}), (1.0, {0: (lifted, 0)}), (1.4, {0: (shift(put, 0.1 * UP), 0)}), (0.7, {0: (put, 0)}),
+            (0.4, {0: (put, 0.08)}), (0.6, {0: (shift(put, 0.14 * UP), 0.08)}), (0.6, {0: (home, 0.08)})]
+
+    def done(object_in_world):
+        lying = abs(object_in_world[2, 2]) < 0.2 and object_in_world[2, 3] < 0.02
+        return bool(lying and np.linalg.norm(object_in_world[:2, 3] - crock[:2, 3]) > radius)
+    return SimpleNamespace(
+        fixed=fixed, object=Body(shape, paint, OBJECT), object_in_world=start, solid=((0.006, 0.009, long / 2), np.inf),
+        supports=[(crock, (radius, radius), 2, 0.008)], done=done, bases=[np.array([-0.55, 0, 0])], keys=keys)
+
+
+def apple_scene(draw):
+    """Task 3: the right arm takes an apple out of a bowl and hands it to the left arm, which drops it into a bin."""
+    bowl = pose((draw.uniform(-0.02, 0.1), draw.uniform(-0.32, -0.22), 0))
+    bin_ = pose((draw.uniform(-0.02, 0.1), draw.uniform(0.25, 0.35), 0), turn("z", draw.uniform(-0.4, 0.4)))
+    radius, length, width, height = draw.uniform(0.028, 0.033), draw.uniform(0.2, 0.24), draw.uniform(0.17, 0.2), 0.09
+    cups = draw.permutation([(0.9, 0.9, 0.95), (0.95, 0.8, 0.5), (0.5, 0.75, 0.8)])
+    vessel = lathe((0.045, 0), (0.075, 0.02), (0.092, 0.055), (0.086, 0.055), (0.07, 0.023), (0.042, 0.006), segments=24)
+    walls = [box((length, width, 0.006), (0, 0, 0.003))]
+    walls += [box((0.006, width, height), (s * length / 2, 0, height / 2)) for s in (-1, 1)]
+    walls += [box((length, 0.006, height), (0, s * width / 2, height / 2)) for s in (-1, 1)]
+    paint = draw.permutation([(0.1, 0.4, 0.75), (0.15, 0.5, 0.3), (0.45, 0.45, 0.5)])[0]
+    fixed = [(Body(vessel, stripes(cups[0], cups[1], 0.02)), bowl), (Body(merge(*walls), stripes(paint, paint * 0.8, 0.03)), bin_)]
+    arc = np.linspace(0, np.pi, 9)
+    apple = merge(lathe(*zip(radius * np.sin(arc), -radius * np.cos(arc)), segments=18),
+                  lathe((0.003, radius - 0.002), (0.002, radius + 0.012), segments=6))
+    red = draw.permutation([(0.85, 0.1, 0.1), (0.5, 0.75, 0.15), (0.9, 0.5, 0.1)])[0]
+    start = shift(bowl, (0, 0, 0.006 + radius))
+
+    down, across = np.array([draw.uniform(-0.1, 0.1), draw.uniform(0, 0.25), -1]), np.array([1.0, 0, 0])
+    apple_in_palm = 0.004                                                       # deeper, the palm would touch it
+    at = lambda point, forward, closing: hand(point - apple_in_palm * np.array(forward) / np.linalg.norm(forward), forward, closing)
+    take = at(start[:3, 3], down, across)
+    meet = np.array([draw.uniform(-0.03, 0.08), draw.uniform(-0.06, 0.06), draw.uniform(0.24, 0.32)])
+    give = at(meet, (0.1, 1, -0.25), across)
+    receive = at(meet, (0.1, -1, -0.25), UP)
+    wait = shift(receive, -0.13 * receive[:3, 2])
+    drop = hand(bin_[:3, 3] + 0.14 * UP, (0, 0.1, -1), (0, -1, 0))
+    home = [hand((draw.uniform(-0.2, -0.1), s * draw.uniform(0.2, 0.3), draw.uniform(0.28, 0.38)), (0.3, 0, -1), c)
+            for s, c in ((-1, across), (1, (0, -1, 0)))]
+    w, g = 0.08, 0.0
+    keys = [(0.0, {0: (home[0], w), 1: (home[1], w)}), (0.9, {0: (shift(take, 0.1 * UP), w)}), (0.5, {0: (take, w)}),
+            (0.4, {0: (take, g)}), (0.5, {0: (shift(take, 0.12 * UP), g)}), (1.0, {0: (give, g), 1: (wait, w)}),
+            (0.6, {1: (receive, w)}), (0.4, {1: (receive, g)}), (0.3, {0: (give, w)}),
+            (0.6, {0: (shift(give, -0.13 * give[:3, 2]), w)}), (1.0, {0: (home[0], w), 1: (shift(drop, 0.06 * UP), g)}),
+            (0.4, {1: (drop, g)}), (0.3, {1: (drop, w)}), (0.5, {1: (shift(drop, 0.15 * UP), w)})]
+
+    def done(object_in_world):
+        centre = transform(object_in_world[:3, 3], invert(bin_))
+        return bool(within(centre[:2], (length / 2, width / 2), np.inf) and centre[2] < height)
+    return SimpleNamespace(
+        fixed=fixed, object=Body(apple, stripes(red, red * 0.85, radius), OBJECT), object_in_world=start, solid=((radius,) * 3, 2),
+        supports=[(bowl, (0.08, 0.08), 2, 0.006), (bin_, (length / 2, width / 2), np.inf, 0.006)], done=done,
+        bases=[np.array([-0.5, -0.33, 0]), np.array([-0.5, 0.33, 0])], keys=keys)
+
+
+SCENES = {1: cereal_scene, 2: spatula_scene, 3: apple_scene}
+
+
+def room(draw):
+    """[(Body, body_in_world)]: a floor with walls, and the table with a place mat, in colours of their own."""
+    tone = lambda *color: np.array(color) * draw.uniform(0.8, 1.1) + draw.uniform(-0.06, 0.06, 3)
+    floor = checks(tone(0.5, 0.52, 0.55), tone(0.62, 0.6, 0.58), 0.3)
+    table = wood(tone(0.85, 0.66, 0.45), draw.uniform(0.09, 0.16))
+    mat = draw.permutation([(0.75, 0.3, 0.3), (0.3, 0.5, 0.75), (0.35, 0.6, 0.4), (0.8, 0.75, 0.6), (0.5, 0.35, 0.6)])
+    top = cloth(table, (draw.uniform(0.1, 0.3), draw.uniform(-0.5, 0.5)), draw.uniform(0.1, 0.18, 2), mat[0], mat[1])
+    return [(Body(box((6, 6, 3), (0, 0, 0.75)), floor), np.eye(4)), (Body(box((1.25, 1.7, 0.05), (-0.1, 0, -0.025)), top), np.eye(4))]
+
+
+def between(a, b, s):
+    """The pose a share s of the way from pose a to pose b: along a line, turning about one axis."""
+    turning = Rotation.from_matrix(b[:3, :3] @ a[:3, :3].T).as_rotvec()
+    return pose(a[:3, 3] + s * (b[:3, 3] - a[:3, 3]), Rotation.from_rotvec(s * turning).as_matrix() @ a[:3, :3])
+
+
+def minimum_jerk(keys, draw):
+    """A script [(seconds, {arm: (gripper_in_world, opening)})] played at HZ -> gripper_in_world (T,A,4,4), opening (T,A).
+
+    Every key is reached at rest, along s(t) = 10 t^3 - 15 t^4 + 6 t^5, which has the least squared jerk between two rests
+    (Flash and Hogan 1985). The pace, each duration and each key's place vary a little.
+    """
+    pace = draw.uniform(0.9, 1.1)
+    now = [keys[0][1][arm] for arm in sorted(keys[0][1])]
+    poses, openings = [], []
+    for seconds, targets in keys:
+        target = [targets.get(arm, state) for arm, state in enumerate(now)]
+        target = [(shift(p, draw.normal(0, 0.0015, 3)) if arm in targets else p, w) for arm, (p, w) in enumerate(target)]
+        steps = max(1, round(seconds * pace * draw.uniform(0.9, 1.1) * HZ))
+        for t in np.arange(1, steps + 1) / steps:
+            s = 10 * t**3 - 15 * t**4 + 6 * t**5
+            poses.append([between(a, b, s) for (a, _), (b, _) in zip(now, target)])
+            openings.append([a + (b - a) * s for (_, a), (_, b) in zip(now, target)])
+        now = target
+    return np.array(poses), np.array(openings)
+
+
+class World:
+    """One task's scene and its state: gripper_in_world (A,4,4), opening (A,) m, object_in_world (4,4), and who holds the object.
+
+    world = World(task); world.reset(seed); world.step(gripper_in_world, opening); world.observe(...); world.success()
+    """
+
+    def __init__(self, task):
+        self.task = task
+
+    def reset(self, seed):
+        """A new scene: what stands where, its size and its colour are functions of (task, seed). Sets `demonstration`, the
+        scripted gripper_in_world (T,A,4,4) and opening (T,A) that does the task in it."""
+        draw = np.random.default_rng([self.task, seed])
+        self.scene = SCENES[self.task](draw)
+        self.demonstration = minimum_jerk(self.scene.keys, draw)
+        self.gripper_in_world, self.opening = self.demonstration[0][0], self.demonstration[1][0]
+        self.object_in_world = self.scene.object_in_world
+        self.holders = {}                             # arm -> width of the object between its fingers; the first one carries it
+        self.fixed = room(draw) + self.scene.fixed
+        colors = draw.permutation([(0.9, 0.45, 0.1), (0.15, 0.55, 0.75), (0.45, 0.7, 0.25)])
+        self.arms = [arm_bodies(arm, colors[arm]) for arm in range(len(self.scene.bases))]
+        self.lamp = draw.uniform((-0.7, 0.5, 1.7), (0.2, 0.9, 2.1)) * (1, draw.choice([-1, 1]), 1)
+
+    def step(self, gripper_in_world, opening):
+        """Move the hands to gripper_in_world (A,4,4) and the fingers to opening (A,) m, where the object lets them."""
+        motion = gripper_in_world @ invert(self.gripper_in_world)               # (A,4,4), in the world
+        before, self.gripper_in_world, self.opening = self.opening, np.array(gripper_in_world), np.clip(opening, 0, 0.08)
+        if self.holders:
+            self.object_in_world = motion[next(iter(self.holders))] @ self.object_in_world
+        for arm in range(len(self.opening)):
+            if arm in self.holders:
+                if self.opening[arm] > self.holders[arm] + 0.01:                # 1 cm: a noisy opening lets nothing fall
+                    del self.holders[arm]
+                    if not self.holders:
+                        self.object_in_world = upright(self.object_in_world)
+            else:
+                self.grip(arm, before[arm])
+            self.opening[arm] = max(self.opening[arm], self.holders.get(arm, 0))
+        if not self.holders:
+            self.fall()
+
+    def grip(self, arm, before):
+        """The object sticks to fingers that close on it from both sides, and moves to their middle."""
+        y = np.linspace(-0.05, 0.05, 201)
+        line = np.stack(np.broadcast_arrays(PADS[:, None, 0], y, PADS[:, None, 1]), -1)          # (pads,201,3), hand frame
+        touched = within(transform(line, invert(self.object_in_world) @ self.gripper_in_world[arm]), *self.scene.solid).any(0)
+        if not touched.any():
+            return
+        low, high = y[touched][[0, -1]]
+        between_fingers = max(-low, high) < before / 2 + 0.003
+        if between_fingers and self.opening[arm] <= high - low + 0.003 < before:
+            if not self.holders:
+                middle = (low + high) / 2 * self.gripper_in_world[arm, :3, 1]
+                self.object_in_world = shift(self.object_in_world, -middle)
+            self.holders[arm] = high - low
+
+    def fall(self):
+        """Down by at most 15 cm a step, to the highest support below."""
+        bottom = transform(self.scene.object.mesh[0], self.object_in_world)[:, 2].min()
+        heights = [0.0]
+        for support_in_world, half, order, height in self.scene.supports:
+            centre = transform(self.object_in_world[:3, 3], invert(support_in_world))
+            if within(centre[:2], half, order) and height < bottom + 0.03:
+                heights.append(height)
+        self.object_in_world = shift(self.object_in_world, -min(bottom - max(heights), 0.15) * UP)
+
+    def observe(self, intrinsics, cam_in_world, size, samples=1):
+        """The world from K cameras: see render. Returns rgb, depth in metres, label and normal."""
+        bodies, poses = zip(*self.fixed, (self.scene.object, self.object_in_world))
+        arm_pose = [arm_poses(*arm) for arm in zip(self.scene.bases, self.gripper_in_world, self.opening)]
+        return render(sum(self.arms, list(bodies)), np.concatenate([poses, *arm_pose]), intrinsics, cam_in_world, size,
+                      self.lamp, samples)
+
+    def success(self):
+        """Whether the task is done: the object is where it belongs and nothing holds it."""
+        return not self.holders and self.scene.done(self.object_in_world)
+
+
+def upright(object_in_world):
+    """The pose with that axis of the object made vertical which is nearest to it: how a thing comes to rest."""
+    axis = np.argmax(np.abs(object_in_world[2, :3]))
+    now = object_in_world[:3, axis] * np.sign(object_in_world[2, axis])
+    turning = np.cross(now, UP)
+    angle = np.arctan2(np.linalg.norm(turning), now[2])
+    turning *= angle / max(np.linalg.norm(turning), 1e-12)
+    return pose(object_in_world[:3, 3], Rotation.from_rotvec(turning).as_matrix() @ object_in_world[:3, :3])
+
+
+def sample_cameras(draw, tips, size, count=16):
+    """Cameras on the paper's half shell in front of the robot, looking at the middle of the workspace, each seeing every hand for
+    most of the time. tips (T,A,3): the finger tips in the world. Returns intrinsics (count,3,3), cam_in_world (count,4,4)."""
+    H, W = size
+    intrinsics, cam_in_world = [], []
+    while len(cam_in_world) < count:
+        position = draw.uniform((0.2, -0.5, 0.7), (0.6, 0.5, 1.2))
+        focal = draw.uniform(0.72, 0.92) * W
+        K = np.array([[focal, 0, (W - 1) / 2], [0, focal, (H - 1) / 2], [0, 0, 1]])
+        camera = look_at(position, draw.normal((0, 0, 0.12), 0.04))
+        camera[:3, :3] = camera[:3, :3] @ turn("z", draw.normal(0, 0.05))
+        pixel, z = project(transform(tips, invert(camera)), K)
+        seen = ((pixel >= 0) & (pixel <= (W - 1, H - 1))).all(-1) & (z > 0)
+        if 0.7 <= np.linalg.norm(position) <= 1.2 and seen.mean(0).min() > 0.85:
+            intrinsics.append(K)
+            cam_in_world.append(camera)
+    return np.stack(intrinsics), np.stack(cam_in_world)
+
+
+def synthetic_episode(task, seed, out, size, samples):
+    """Play and film one demonstration, and pack it into the folder `out`."""
+    world = World(task)
+    world.reset(seed)
+    grippers, openings = world.demonstration
+    tips = grippers[..., :3, 3] + TCP * grippers[..., :3, 2]
+    intrinsics, cam_in_world = sample_cameras(np.random.default_rng([task, seed, 1]), tips, size)
+    frames, states = [], []
+    for gripper_in_world, opening in zip(grippers, openings):
+        world.step(gripper_in_world, opening)
+        rgb, depth, label, _ = world.observe(intrinsics, cam_in_world, size, samples)
+        frames.append((rgb, (depth * 1000).round().astype(np.uint16), label))
+        states.append((world.gripper_in_world, world.opening))
+    if not world.success():
+        raise ValueError(f"the demonstration of task {task} with seed {seed} does not succeed")
+    rgb, depth, label = (np.stack(images, 1) for images in zip(*frames))        # (C,T,H,W[,3])
+    gripper_in_world, opening = (np.stack(values) for values in zip(*states))
+    save_episode(out, rgb, depth, label, intrinsics, cam_in_world, gripper_in_world, opening, np.arange(len(opening)) / HZ,
+                 dict(task=task, source="synthetic", seed=seed, rate_hz=HZ))
+
+
+def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None, samples=1):
+    """Render `episodes` episodes of a task into out/episode_000, ...; those already there are kept. Returns their number."""
+    out = Path(out)
+    jobs = []
+    for number in range(episodes):
+        folder, episode_seed = out / f"episode_{number:03d}", seed * 1000 + number
+        if not folder.exists():
+            jobs.append((task, episode_seed, folder, size, samples))
+            continue
+        episode = load_episode(folder)
+        if episode.info["source"] != "synthetic" or episode.info["seed"] != episode_seed or episode.rgb.shape[2:4] != size:
+            raise ValueError(f"{folder} is another episode than the one asked for: choose another --out, or delete {out}")
+    workers = min(workers or os.cpu_count(), len(jobs))
+    progress = tqdm(total=len(jobs), desc=f"rendering synthetic episodes of task {task}", unit="episode")
+    if workers <= 1:
+        for job in jobs:
+            synthetic_episode(*job)
+            progress.update()
+    else:                                             # spawned, not forked: a fork of a process with running threads may hang
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for done in as_completed([pool.submit(synthetic_episode, *job) for job in jobs]):
+                done.result()
+                progress.update()
+    progress.close()
+    return episodes
 
 
 # ------------------------------------------------------------------------------------------------ hub download
