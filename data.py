@@ -461,12 +461,13 @@ def ranges(first, count):
     return owner, value
 
 
-def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01):
+def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01, cull=False):
     """One triangle mesh as K pinhole cameras see it: the depth of the nearest surface, and which face it is.
 
     vertices_in_cam (K,N,3) metres, OpenCV camera axes; faces (M,3) vertex numbers; intrinsics (K,3,3) or (3,3) pixels.
     Returns depth (K,H,W) float32, z in metres, 0 where there is nothing, and face (K,H,W) int32, -1 where there is nothing.
-    Integer pixel coordinates are pixel centres. Both sides of a face are drawn. What is nearer than `near` is cut away.
+    Integer pixel coordinates are pixel centres. What is nearer than `near` is cut away. Both sides of a face are drawn; with
+    `cull` only the side from which its corners run counter-clockwise: enough, and faster, for closed meshes.
 
     Let the corners of a face be v_i, and Q the matrix with the columns q_i = K v_i. The ray of pixel p = (x, y, 1) meets
     the face's plane at sum_i w_i v_i / sum_i w_i with w = Q^-1 p; the point is on the face, in front of the camera, where
@@ -479,7 +480,7 @@ def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01):
     intrinsics = np.broadcast_to(np.asarray(intrinsics, float), (K, 3, 3))
     group = max(1, 2**20 // pixels)                      # cameras at a time, so that memory does not grow with K
     if K > group:
-        parts = [rasterize(vertices_in_cam[i:i + group], faces, intrinsics[i:i + group], height, width, near)
+        parts = [rasterize(vertices_in_cam[i:i + group], faces, intrinsics[i:i + group], height, width, near, cull)
                  for i in range(0, K, group)]
         return tuple(np.concatenate(part) for part in zip(*parts))
 
@@ -498,16 +499,18 @@ def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01):
     low, high = low[:, view, face].astype(int), high[:, view, face].astype(int)  # (2,n)
 
     # 2. Four lines per face, as functions of (x, y, 1) that are >= 0 inside: its three edges, and z >= near.
+    cross = lambda a, b: np.stack([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
     q0, q1, q2 = (q[:, view, corner[face]] for corner in (a, b, c))             # (3,n)
-    w = np.stack([np.cross(q1, q2, axis=0), np.cross(q2, q0, axis=0), np.cross(q0, q1, axis=0)])
-    det = (w[0] * q0).sum(0)
-    visible = np.abs(det) > 1e-12                                               # a face seen edge-on covers nothing
-    w = w / np.where(visible, det, np.inf)                                      # (3,3,n), the rows of Q^-1
+    w = np.stack([cross(q1, q2), cross(q2, q0), cross(q0, q1)])                 # (3,3,n)
+    det = (w[0] * q0).sum(0)                                                    # < 0: seen from its outside
+    visible = np.flatnonzero(det < -1e-12 if cull else np.abs(det) > 1e-12)     # a face seen edge-on covers nothing
+    view, face, low, high = view[visible], face[visible], low[:, visible], high[:, visible]
+    w = w[..., visible] / det[visible]                                          # (3,3,n), the rows of Q^-1
     inverse_z = w.sum(0)                                                        # (3,n)
     lines = np.concatenate([w, (np.array([[0], [0], [1 / near]]) - inverse_z)[None]])  # (4,3,n)
 
     # 3. The span of pixels, start to stop, in every row of every face.
-    tri, y = ranges(low[1], np.where(visible, high[1] - low[1] + 1, 0))
+    tri, y = ranges(low[1], high[1] - low[1] + 1)
     slope, offset = lines[:, 0, tri], lines[:, 1, tri] * y + lines[:, 2, tri]   # (4,rows)
     with np.errstate(divide="ignore", invalid="ignore"):
         root = -offset / slope
@@ -566,64 +569,110 @@ def load_mesh(path):
     return vertices, faces.astype(np.int64)
 
 
-def render(bodies, body_in_world, intrinsics, cam_in_world, size, lamp=(-0.5, -0.7, 1.9), samples=1):
+LAMP_PIXELS = 512           # on a side of the lamp's own picture of the world, which tells what it lights
+LAMP_TARGET = 0.05, 0, 0    # where it looks, in the world
+LAMP_INTRINSICS = np.array([[0.75 * LAMP_PIXELS, 0, LAMP_PIXELS / 2], [0, 0.75 * LAMP_PIXELS, LAMP_PIXELS / 2], [0, 0, 1]])
+
+
+def assemble(bodies, body_in_world):
+    """All bodies as one mesh in the world: vertices (N,3), faces (M,3), normals (M,3), the number of each face's body (M,)."""
+    vertices = [transform(body.mesh[0], pose) for body, pose in zip(bodies, body_in_world)]
+    starts = np.cumsum([0] + [len(v) for v in vertices])
+    vertices, faces = np.concatenate(vertices), np.concatenate([b.mesh[1] + start for b, start in zip(bodies, starts)])
+    a, b, c = np.moveaxis(vertices[faces], 1, 0)
+    normals = np.cross(b - a, c - a)
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
+    return vertices, faces, normals, np.repeat(np.arange(len(bodies)), [len(body.mesh[1]) for body in bodies])
+
+
+def lamp_depth(mesh, lamp):
+    """How far the light of a lamp at `lamp` (3,) gets through each of its pixels, (LAMP_PIXELS, LAMP_PIXELS) metres."""
+    vertices_in_lamp = transform(mesh[0], invert(look_at(lamp, LAMP_TARGET)))
+    depth = rasterize(vertices_in_lamp[None], mesh[1], LAMP_INTRINSICS, LAMP_PIXELS, LAMP_PIXELS, cull=True)[0][0]
+    return np.where(depth > 0, depth, np.inf)
+
+
+def draw_bodies(bodies, body_in_world, mesh, intrinsics, cam_in_world, size, lamp, behind=None):
+    """What one camera sees of the bodies, before shadows fall on it. mesh: they, assembled. `behind`: such a picture, which
+    they are drawn into.
+
+    Returns a dict of flat arrays, one entry a pixel: depth, label, normal, color, the light of the sky, the light of the
+    lamp if it reaches the point, and where the lamp would see the point: lamp_pixel and lamp_z.
+    """
+    H, W = size
+    picture = {name: array.copy() for name, array in behind.items()} if behind else dict(
+        depth=np.full(H * W, np.inf, np.float32), label=np.full(H * W, OTHER, np.uint8),
+        normal=np.zeros((H * W, 3), np.float32), color=np.zeros((H * W, 3), np.float32), sky=np.ones(H * W, np.float32),
+        sun=np.zeros(H * W, np.float32), lamp_pixel=np.zeros(H * W, int), lamp_z=np.zeros(H * W, np.float32))
+    vertices, faces, normals, body_of_face = mesh
+    depth, face = rasterize(transform(vertices, invert(cam_in_world))[None], faces, intrinsics, H, W, cull=True)
+    depth, face = depth.ravel(), face.ravel()
+    mine = np.flatnonzero((face >= 0) & (depth < picture["depth"]))             # (P,) the pixels where a body is in front
+    depth, face = depth[mine], face[mine]
+
+    single = lambda x: np.asarray(x, np.float32)
+    dot = lambda a, b: np.einsum("pi,pi->p", a, b)
+    pixels = single(np.stack([mine % W, mine // W, np.ones(len(mine))], 1))
+    rays = pixels @ single(cam_in_world[:3, :3] @ np.linalg.inv(intrinsics)).T
+    points = single(cam_in_world[:3, 3]) + rays * depth[:, None]                # (P,3) in the world
+    normal = single(normals)[face]                                              # (P,3)
+    to_lamp = single(lamp) - points
+    cosine = dot(normal, to_lamp) / np.sqrt(dot(to_lamp, to_lamp))
+
+    # Points are moved off their surface by 6 mm, or it would shade itself: a pixel of the lamp is as large as that.
+    in_lamp = transform(points + 0.006 * normal, single(invert(look_at(lamp, LAMP_TARGET))))
+    x, y = (in_lamp[:, :2] / in_lamp[:, 2:] * LAMP_INTRINSICS[0, 0] + LAMP_INTRINSICS[0, 2] + 0.5).T
+    in_view = (x >= 0) & (x < LAMP_PIXELS) & (y >= 0) & (y < LAMP_PIXELS)
+
+    color, body = np.zeros_like(points), body_of_face[face]
+    for i in np.flatnonzero(np.bincount(body)):
+        of_body = np.flatnonzero(body == i)
+        rotation, position = single(body_in_world[i][:3, :3]), single(body_in_world[i][:3, 3])
+        color[of_body] = bodies[i].paint((points[of_body] - position) @ rotation, normal[of_body] @ rotation)
+
+    seen = dict(depth=depth, label=np.array([body.label for body in bodies], np.uint8)[body], normal=normal, color=color,
+                sky=0.42 + 0.13 * normal[:, 2], sun=0.55 * cosine.clip(0), lamp_z=np.where(in_view, in_lamp[:, 2], 0),
+                lamp_pixel=np.where(in_view, y, 0).astype(int) * LAMP_PIXELS + np.where(in_view, x, 0).astype(int))
+    for name, values in seen.items():
+        picture[name][mine] = values
+    return picture
+
+
+def render(bodies, body_in_world, intrinsics, cam_in_world, size, lamp=(-0.5, -0.7, 1.9), samples=1, still=None):
     """Pictures of rigid painted bodies (see Body) from K cameras.
 
     body_in_world (N,4,4), intrinsics (K,3,3) pixels of size (H, W), cam_in_world (K,4,4), lamp (3,) in the world. Returns
     rgb (K,H,W,3) uint8, depth (K,H,W) float32 z in metres (0: nothing there), label (K,H,W) uint8, normal (K,H,W,3)
-    float32 in the world, towards the camera. `samples` (odd) rays a pixel and axis smooth the colours; depth, label and
-    normal are those of the pixel's centre. Light: a lamp with hard shadows (a depth map seen from the lamp), Lambert's
-    cosine, and a sky that is brighter than the ground.
+    float32 in the world. `samples` (odd) rays a pixel and axis smooth the colours; depth, label and normal are those of the
+    pixel's centre. Bodies are closed: only their outsides are drawn. Light: a sky that is brighter than the ground, and a
+    lamp with Lambert's cosine and hard shadows. `still`: what `backdrop` made of further bodies, which do not move, for the
+    same cameras, size, lamp and samples.
     """
-    counts = [len(body.mesh[0]) for body in bodies]
-    vertices = np.concatenate([transform(body.mesh[0], pose) for body, pose in zip(bodies, body_in_world)])
-    faces = np.concatenate([body.mesh[1] + start for body, start in zip(bodies, np.cumsum(counts) - counts)])
-    owner_of_face = np.repeat(np.arange(len(bodies), dtype=np.uint8), [len(body.mesh[1]) for body in bodies])
-    edges = vertices[faces[:, 1:]] - vertices[faces[:, :1]]
-    normal_of_face = np.cross(edges[:, 0], edges[:, 1])
-    normal_of_face /= np.linalg.norm(normal_of_face, axis=1, keepdims=True).clip(1e-12)
-    label_of_body = np.array([body.label for body in bodies], np.uint8)
-    body_in_world = body_in_world.astype(np.float32)
-
-    # The lamp's own picture of the world tells which points it lights.
-    lamp, resolution = np.array(lamp, np.float32), 512
-    world_in_lamp = invert(look_at(lamp, (0.05, 0, 0)))
-    lamp_intrinsics = np.array([[resolution, 0, resolution / 2], [0, resolution, resolution / 2], [0, 0, 1]])
-    lamp_depth = rasterize(transform(vertices, world_in_lamp)[None], faces, lamp_intrinsics, resolution, resolution)[0][0]
-    world_in_lamp_pixels = (lamp_intrinsics @ world_in_lamp[:3]).astype(np.float32)
-    dot = lambda a, b: np.einsum("pi,pi->p", a, b)
-
-    H, W = size
-    fine_size = H * samples, W * samples
-    centres = np.s_[samples // 2::samples, samples // 2::samples]               # the middle sample is the pixel's centre
-    pictures = []
-    for fine, camera in zip(scale_intrinsics(intrinsics, size, fine_size), cam_in_world):
-        depth, face = rasterize(transform(vertices, invert(camera))[None], faces, fine, *fine_size)
-        depth, face = depth[0], face[0]
-        points = transform(unproject(depth, fine.astype(np.float32)), camera.astype(np.float32)).reshape(-1, 3)
-        normal = normal_of_face.astype(np.float32)[face].reshape(-1, 3)
-        normal = normal * np.copysign(1, dot(normal, camera[:3, 3].astype(np.float32) - points))[:, None]
-
-        u, v, z = world_in_lamp_pixels[:, :3] @ points.T + world_in_lamp_pixels[:, 3:]
-        u, v = ((x / z + 0.5).clip(0, resolution - 1).astype(int) for x in (u, v))
-        lit = z < lamp_depth[v, u] + 0.005                                      # 5 mm: no surface may shade itself
-        to_lamp = lamp - points
-        cosine = dot(normal, to_lamp) / np.sqrt(dot(to_lamp, to_lamp))
-        light = 0.42 + 0.13 * normal[:, 2] + 0.55 * lit * cosine.clip(0)
-
-        owner = np.where(face >= 0, owner_of_face[face], 255).ravel()
-        color = np.zeros_like(points)
-        for i in np.unique(owner[owner < 255]):
-            mine = np.flatnonzero(owner == i)
-            rotation, position = body_in_world[i, :3, :3], body_in_world[i, :3, 3]
-            color[mine] = bodies[i].paint((points[mine] - position) @ rotation, normal[mine] @ rotation)
-        rgb = ((color * light[:, None]).clip(0, 1) * (255 / samples**2)).reshape(*fine_size, 3)
+    H, W = fine = size[0] * samples, size[1] * samples
+    mesh = assemble(bodies, body_in_world)
+    pictures, light_reach = still or ([None] * len(cam_in_world), np.inf)
+    light_reach = np.minimum(lamp_depth(mesh, lamp), light_reach).ravel()
+    centre = np.s_[samples // 2::samples, samples // 2::samples]                # the middle sample is the pixel's centre
+    shots = []
+    for K, camera, behind in zip(scale_intrinsics(intrinsics, size, fine), cam_in_world, pictures):
+        seen = draw_bodies(bodies, body_in_world, mesh, K, camera, fine, lamp, behind)
+        lit = seen["lamp_z"] < light_reach[seen["lamp_pixel"]]
+        rgb = seen["color"] * (seen["sky"] + seen["sun"] * lit)[:, None]
+        rgb = np.minimum(rgb, 1).reshape(H, W, 3)
         rgb = sum(rgb[i::samples] for i in range(samples))
-        rgb = sum(rgb[:, i::samples] for i in range(samples))
-        label = np.where(face[centres] >= 0, label_of_body[owner_of_face[face[centres]]], OTHER).astype(np.uint8)
-        normal = np.where(face[..., None] >= 0, normal.reshape(*fine_size, 3), 0)
-        pictures.append((rgb.round().astype(np.uint8), depth[centres], label, normal[centres]))
-    return tuple(np.stack(images) for images in zip(*pictures))
+        rgb = sum(rgb[:, i::samples] for i in range(samples)) / samples**2
+        depth = seen["depth"].reshape(H, W)[centre]
+        shots.append(((rgb * 255).round().astype(np.uint8), np.where(np.isinf(depth), 0, depth),
+                      seen["label"].reshape(H, W)[centre], seen["normal"].reshape(H, W, 3)[centre]))
+    return tuple(np.stack(images) for images in zip(*shots))
+
+
+def backdrop(bodies, body_in_world, intrinsics, cam_in_world, size, lamp, samples=1):
+    """The part of `render` that bodies which never move need only once: their pictures and their shadows."""
+    fine, mesh = (size[0] * samples, size[1] * samples), assemble(bodies, body_in_world)
+    pictures = [draw_bodies(bodies, body_in_world, mesh, K, camera, fine, lamp)
+                for K, camera in zip(scale_intrinsics(intrinsics, size, fine), cam_in_world)]
+    return pictures, lamp_depth(mesh, lamp)
 
 
 # ------------------------------------------------------------------------------------------------ meshes and paint
@@ -977,7 +1026,9 @@ def room(draw):
     table = wood(tone(0.85, 0.66, 0.45), draw.uniform(0.09, 0.16))
     mat = draw.permutation([(0.75, 0.3, 0.3), (0.3, 0.5, 0.75), (0.35, 0.6, 0.4), (0.8, 0.75, 0.6), (0.5, 0.35, 0.6)])
     top = cloth(table, (draw.uniform(0.1, 0.3), draw.uniform(-0.5, 0.5)), draw.uniform(0.1, 0.18, 2), mat[0], mat[1])
-    return [(Body(box((6, 6, 3), (0, 0, 0.75)), floor), np.eye(4)), (Body(box((1.25, 1.7, 0.05), (-0.1, 0, -0.025)), top), np.eye(4))]
+    vertices, faces = box((6, 6, 3), (0, 0, 0.75))
+    return [(Body((vertices, faces[:, ::-1]), floor), np.eye(4)),               # inside out: seen from within
+            (Body(box((1.25, 1.7, 0.05), (-0.1, 0, -0.025)), top), np.eye(4))]
 
 
 def between(a, b, s):
@@ -1026,6 +1077,7 @@ class World:
         self.object_in_world = self.scene.object_in_world
         self.holders = {}                             # arm -> width of the object between its fingers; the first one carries it
         self.fixed = room(draw) + self.scene.fixed
+        self.cameras = self.still = None              # the last cameras that observed, and what of it does not move
         colors = draw.permutation([(0.9, 0.45, 0.1), (0.15, 0.55, 0.75), (0.45, 0.7, 0.25)])
         self.arms = [arm_bodies(arm, colors[arm]) for arm in range(len(self.scene.bases))]
         self.lamp = draw.uniform((-0.7, 0.5, 1.7), (0.2, 0.9, 2.1)) * (1, draw.choice([-1, 1]), 1)
@@ -1075,10 +1127,13 @@ class World:
 
     def observe(self, intrinsics, cam_in_world, size, samples=1):
         """The world from K cameras: see render. Returns rgb, depth in metres, label and normal."""
-        bodies, poses = zip(*self.fixed, (self.scene.object, self.object_in_world))
-        arm_pose = [arm_poses(*arm) for arm in zip(self.scene.bases, self.gripper_in_world, self.opening)]
-        return render(sum(self.arms, list(bodies)), np.concatenate([poses, *arm_pose]), intrinsics, cam_in_world, size,
-                      self.lamp, samples)
+        cameras = intrinsics.tobytes(), cam_in_world.tobytes(), size, samples
+        if self.cameras != cameras:
+            self.cameras = cameras
+            self.still = backdrop(*zip(*self.fixed), intrinsics, cam_in_world, size, self.lamp, samples)
+        poses = [arm_poses(*arm) for arm in zip(self.scene.bases, self.gripper_in_world, self.opening)]
+        return render([self.scene.object] + sum(self.arms, []), np.concatenate([[self.object_in_world], *poses]),
+                      intrinsics, cam_in_world, size, self.lamp, samples, self.still)
 
     def success(self):
         """Whether the task is done: the object is where it belongs and nothing holds it."""
@@ -1135,7 +1190,7 @@ def synthetic_episode(task, seed, out, size, samples):
                  dict(task=task, source="synthetic", seed=seed, rate_hz=HZ))
 
 
-def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None, samples=1):
+def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None, samples=3):
     """Render `episodes` episodes of a task into out/episode_000, ...; those already there are kept. Returns their number."""
     out = Path(out)
     jobs = []
