@@ -20,10 +20,13 @@ Liu et al. 2025, Geometry-aware 4D Video Generation for Robot Manipulation (arXi
 (arXiv 2312.14132): the pointmap of a second view in the first view's frame; Radford et al. 2021, CLIP (arXiv 2103.00020).
 """
 import argparse
+import collections
 import copy
+import dataclasses
 import json
 import math
-from dataclasses import dataclass
+import pickle
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +42,7 @@ SVD_REPO = 'stabilityai/stable-video-diffusion-img2vid'
 FPS_ID, MOTION_BUCKET, NOISE_AUGMENTATION = 6, 127, 0.02               # SVD's three conditioning numbers, kept constant
 
 
-@dataclass
+@dataclasses.dataclass
 class Preset:
     """One size of the whole model. `unet`, `vae` and `clip` are the hub's config.json contents, with one key of our own:
     norm_num_groups, the number of groups of every GroupNorm (32 where absent, as in the published weights)."""
@@ -51,6 +54,7 @@ class Preset:
     clip: dict = None                  # None: one learned token stands in for the image embedding
     view_heads: int = 8                # heads of the cross-view attention
     view_head_dim: int = 64            # channels a head
+    view_norm: bool = True             # LayerNorm and sine positions in front of it; the authors' checkpoints have neither
 
 
 def unet_config(channels, heads, layers, latent_channels, context, groups, attention_levels):
@@ -116,8 +120,12 @@ def load_pretrained(module_class, folder_or_repo, subfolder=None, dtype=torch.fl
     config_path = folder / 'config.json'
     if not config_path.is_file():
         raise ValueError(f'{folder} has no config.json: give a folder in the hub\'s layout (config.json + .safetensors)')
+    try:
+        config = json.loads(config_path.read_text())
+    except ValueError as error:
+        raise ValueError(f'{config_path} is not JSON ({error}): download it again') from None
     with torch.device('meta'):
-        module = module_class.from_config(json.loads(config_path.read_text()))
+        module = module_class.from_config(config)
     load_weights(module, weight_files(folder, half), dtype, device)
     return module.eval()
 
@@ -164,24 +172,30 @@ def weight_files(folder, half=False):
 
 def load_weights(module, files, dtype=torch.float32, device='cpu'):
     """Fills `module` (which may be on the meta device) from safetensors files, strictly. Raises a one-line ValueError."""
-    expected, found = {name: tuple(p.shape) for name, p in module.state_dict().items()}, {}
-    ignored = getattr(module, 'keys_to_ignore', ())
+    state = {}
     for path in files:
         try:
             with safe_open(path, 'pt', device=str(device)) as file:
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if key not in ignored}
-                for key, shape in shapes.items():
-                    if key not in expected:
-                        raise ValueError(f'{path}: unexpected key {key} ({list(shape)}), not in {type(module).__name__}')
-                    if shape != expected[key]:
-                        raise ValueError(f'{path}: {key} has shape {list(shape)}, the model needs {list(expected[key])}')
-                    found[key] = file.get_tensor(key).to(dtype)
+                for key in file.keys():
+                    if key not in getattr(module, 'keys_to_ignore', ()):
+                        state[key] = file.get_tensor(key).to(dtype)
         except (SafetensorError, OSError) as error:
             raise ValueError(f'{path} is damaged or truncated ({error}): download it again') from None
-    missing = [key for key in expected if key not in found]
+    fill(module, state, files[0] if len(files) == 1 else files[0].parent)
+
+
+def fill(module, state, source):
+    """Gives `module` the tensors of `state`, themselves, not copies. Raises a ValueError that names `source` and the key."""
+    expected = module.state_dict()
+    for key, value in state.items():
+        if key not in expected:
+            raise ValueError(f'{source}: unexpected key {key} {list(value.shape)}, not in {type(module).__name__}')
+        if value.shape != expected[key].shape:
+            raise ValueError(f'{source}: {key} has shape {list(value.shape)}, the model needs {list(expected[key].shape)}')
+    missing = [key for key in expected if key not in state]
     if missing:
-        raise ValueError(f'{files[0]}: missing key {missing[0]}' + f' and {len(missing) - 1} more' * (len(missing) > 1))
-    module.load_state_dict(found, strict=True, assign=True)
+        raise ValueError(f'{source}: missing key {missing[0]}' + f' and {len(missing) - 1} more' * (len(missing) > 1))
+    module.load_state_dict(state, strict=True, assign=True)
 
 
 # ------------------------------------------------------------------------------------------------- pieces of the U-Net
@@ -648,10 +662,10 @@ def sine_positions(h, w, width, device):
 class CrossViewAttention(nn.Module):
     """Lets every cell of another view look at all cells of the reference view, in the same frame."""
 
-    def __init__(self, channels, heads, head_dim):
+    def __init__(self, channels, heads, head_dim, norm=True):
         super().__init__()
-        self.norm_view = nn.LayerNorm(channels)
-        self.norm_reference = nn.LayerNorm(channels)
+        self.norm_view = nn.LayerNorm(channels) if norm else None
+        self.norm_reference = nn.LayerNorm(channels) if norm else None
         self.attention = Attention(channels, channels, heads, heads * head_dim)
         nn.init.zeros_(self.attention.to_out[0].weight)         # a freshly built model is exactly SVD: this adds nothing
         nn.init.zeros_(self.attention.to_out[0].bias)
@@ -661,10 +675,23 @@ class CrossViewAttention(nn.Module):
         C, h, w = x.shape[1:]
         views = len(x) // len(reference)
         view, ref = (y.permute(0, 2, 3, 1).reshape(len(y), h * w, C) for y in (x, reference))      # (frames, n, C)
-        view, ref = self.norm_view(view), self.norm_reference(ref).repeat(views, 1, 1)
-        position = sine_positions(h, w, C, x.device).to(view.dtype)
-        y = self.attention(view + position, ref + position, ref)                                   # (M F, n, C)
+        position = 0
+        if self.norm_view is not None:
+            view, ref = self.norm_view(view), self.norm_reference(ref)
+            position = sine_positions(h, w, C, x.device).to(view.dtype)
+        y = self.attention(view + position, (ref + position).repeat(views, 1, 1), ref.repeat(views, 1, 1))   # (M F, n, C)
         return x + y.view(len(x), h, w, C).permute(0, 3, 1, 2)
+
+
+def fresh(unet):
+    """Prepares a U-Net for training from scratch: the last layer of each residual branch starts at zero, so that the network
+    starts as the identity on its features and its output at zero."""
+    for module in unet.modules():
+        last = {Residual: 'conv2', VideoTransformer: 'proj_out', Decoder: 'conv_out', UNet: 'conv_out'}.get(type(module))
+        if last:
+            nn.init.zeros_(getattr(module, last).weight)
+            nn.init.zeros_(getattr(module, last).bias)
+    return unet
 
 
 class Model4D(nn.Module):
@@ -690,7 +717,8 @@ class Model4D(nn.Module):
         if self.mv_attention != 'none':
             for block, _, _ in self.unet.layers():
                 channels = block.resnets[-1].spatial_res_block.conv2.out_channels
-                self.cross_view.append(CrossViewAttention(channels, preset.view_heads, preset.view_head_dim))
+                self.cross_view.append(CrossViewAttention(channels, preset.view_heads, preset.view_head_dim,
+                                                          preset.view_norm))
             self.cross_view.to(weight.device, weight.dtype)
         if preset.clip is None:
             token = torch.randn(1, 1, preset.unet['cross_attention_dim'])
@@ -789,15 +817,137 @@ class Model4D(nn.Module):
         return c_skip.to(noisy.dtype) * noisy + c_out.to(noisy.dtype) * F_x
 
 
-def fresh(unet):
-    """Prepares a U-Net for training from scratch: the last layer of each residual branch starts at zero, so that the network
-    starts as the identity on its features and its output at zero."""
-    for module in unet.modules():
-        last = {Residual: 'conv2', VideoTransformer: 'proj_out', Decoder: 'conv_out', UNet: 'conv_out'}.get(type(module))
-        if last:
-            nn.init.zeros_(getattr(module, last).weight)
-            nn.init.zeros_(getattr(module, last).bias)
-    return unet
+# ------------------------------------------------------------------------------------- the authors' released checkpoints
+
+# Classes whose pickled instances lie in a training checkpoint beside the weights. They are read as empty shells: nothing of
+# theirs is imported or run.
+INERT_CLASSES = ['omegaconf.dictconfig.DictConfig', 'omegaconf.listconfig.ListConfig', 'omegaconf.nodes.AnyNode',
+                 'omegaconf.base.ContainerMetadata', 'omegaconf.base.Metadata', 'typing.Any',
+                 'pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint',
+                 'lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint']
+
+
+class Inert:
+    """Stands for an instance of a class in INERT_CLASSES."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def read_checkpoint(path):
+    """The state dict of a PyTorch or PyTorch-Lightning checkpoint, memory-mapped, without running what is pickled in it.
+    Raises a one-line ValueError when the file is damaged or asks for a class that is not listed above."""
+    known = [(type(name.rpartition('.')[2], (Inert,), {}), name) for name in INERT_CLASSES]
+    try:
+        with torch.serialization.safe_globals(known + [collections.defaultdict, dict, list, int]):
+            file = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise ValueError(f'{path} does not exist') from None
+    except pickle.UnpicklingError:
+        foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(INERT_CLASSES)
+        raise ValueError(f'{path} holds pickled {", ".join(sorted(foreign)) or "objects"}, which are not loaded for safety: '
+                         f'save only its state_dict, on a machine where you trust the file') from None
+    except (RuntimeError, OSError, EOFError) as error:
+        raise ValueError(f'{path} is damaged or no PyTorch checkpoint ({str(error).splitlines()[0]})') from None
+    state = file.get('state_dict', file) if isinstance(file, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f'{path} has no state_dict of tensors')
+    return state
+
+
+RESIDUAL_NAMES = {'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1', 'norm2': 'out_layers.0',
+                  'conv2': 'out_layers.3', 'conv_shortcut': 'skip_connection'}
+OUTER_NAMES = {'conv_in': 'input_blocks.0.0', 'conv_norm_out': 'out.0', 'conv_out': 'out.2',
+               'time_embedding.linear_1': 'time_embed.0', 'time_embedding.linear_2': 'time_embed.2',
+               'add_embedding.linear_1': 'label_emb.0.0', 'add_embedding.linear_2': 'label_emb.0.2',
+               'mid_block.resnets.0': 'middle_block.0', 'mid_block.attentions.0': 'middle_block.1',
+               'mid_block.resnets.1': 'middle_block.2'}
+
+
+def sgm_names(unet):
+    """{our key: its name in sgm, the code base that SVD was trained with}. sgm numbers the U-Net's layers in one row:
+    input_blocks.k, middle_block.k and output_blocks.k, each with residual block, transformer and resampler as .0, .1, .2."""
+    outer, per_level = dict(OUTER_NAMES), unet.config['layers_per_block']
+    for level, block in enumerate(unet.down_blocks):
+        first = 1 + level * (per_level + 1)
+        for i in range(per_level):
+            outer[f'down_blocks.{level}.resnets.{i}'] = f'input_blocks.{first + i}.0'
+            outer[f'down_blocks.{level}.attentions.{i}'] = f'input_blocks.{first + i}.1'
+        outer[f'down_blocks.{level}.downsamplers.0.conv'] = f'input_blocks.{first + per_level}.0.op'
+    for level, block in enumerate(unet.up_blocks):
+        first = level * (per_level + 1)
+        for i in range(per_level + 1):
+            outer[f'up_blocks.{level}.resnets.{i}'] = f'output_blocks.{first + i}.0'
+            outer[f'up_blocks.{level}.attentions.{i}'] = f'output_blocks.{first + i}.1'
+        last = 2 if len(block.attentions) else 1
+        outer[f'up_blocks.{level}.upsamplers.0.conv'] = f'output_blocks.{first + per_level}.{last}.conv'
+
+    names = {}
+    for key in unet.state_dict():
+        ours = next(name for name in outer if key.startswith(name + '.'))
+        rest = key[len(ours) + 1:]
+        if '.resnets.' in ours:
+            branch, _, rest = rest.partition('.')                            # spatial_res_block, temporal_res_block, time_mixer
+            piece, _, kind = rest.partition('.')
+            rest = {'spatial_res_block': '', 'temporal_res_block': 'time_stack.', 'time_mixer': 'time_mixer.'}[branch] + (
+                f'{RESIDUAL_NAMES[piece]}.{kind}' if kind else piece)
+        elif '.attentions.' in ours:
+            rest = rest.replace('temporal_transformer_blocks.', 'time_stack.')
+            rest = rest.replace('time_pos_embed.linear_1', 'time_pos_embed.0').replace('time_pos_embed.linear_2',
+                                                                                       'time_pos_embed.2')
+        names[key] = f'{outer[ours]}.{rest}'
+    return names
+
+
+def load_released(path, preset=PRESETS['svd'], dtype=torch.float32, device='cpu', prefix='model.diffusion_model.'):
+    """A Model4D with the weights of a checkpoint in the layout of the authors' release (Zeyi/4dgen-ckpts, 4dgen.ckpt).
+
+    The U-Net's keys are known exactly. Of the rest we know only what its code says, and assume this much: a second decoder,
+    if stored, repeats output_blocks (and out) under another name; the cross-view attention is one to_q, to_k, to_v, to_out.0
+    for each decoder layer, in the order of their names, with no norm in front. A key that fits neither is an error.
+
+    What differs from the authors' code when these weights run here: their two decoders were one (a shallow copy), so A and B
+    start equal; each stream sees its own view's image embedding, where theirs were mixed up between views; guidance is 1, as
+    it was in effect there. Raises a one-line ValueError that names the key."""
+    state = {key[len(prefix):]: value for key, value in read_checkpoint(path).items() if key.startswith(prefix)}
+    with torch.device('meta'):
+        unet = UNet.from_config(preset.unet)
+    layers, names = len(list(unet.layers())), sgm_names(unet)
+    missing = [name for name in names.values() if name not in state]
+    if missing:
+        raise ValueError(f'{path}: missing key {prefix}{missing[0]}' + f' and {len(missing) - 1} more' * (len(missing) > 1))
+    state = {name: value.to(device, dtype) for name, value in state.items()}
+
+    # Sort what is not the U-Net's: by the part of its name after the first dot, or by being a projection of an attention.
+    decoder_a = {name.partition('.')[2]: key for key, name in names.items() if re.match(r'(output_blocks|out)\.', name)}
+    decoder_b, attentions, unknown = {}, {}, []
+    for name in sorted(set(state) - set(names.values()), key=natural):
+        projection = re.fullmatch(r'(.+)\.(to_q\.weight|to_k\.weight|to_v\.weight|to_out\.0\.weight|to_out\.0\.bias)', name)
+        if name.partition('.')[2] in decoder_a:
+            decoder_b['decoder_b.' + decoder_a[name.partition('.')[2]]] = state[name]
+        elif projection:
+            attentions.setdefault(projection[1], {})[projection[2]] = state[name]
+        else:
+            unknown.append(name)
+    if len(attentions) not in (0, layers) or any(len(parts) != 5 for parts in attentions.values()):
+        unknown += [f'{module}.{part}' for module, parts in attentions.items() for part in parts]
+    if unknown:
+        raise ValueError(f'{path}: {len(unknown)} keys fit no part of the model: {", ".join(unknown[:20])}')
+
+    fill(unet, {key: state[name] for key, name in names.items()}, path)
+    model = Model4D(dataclasses.replace(preset, view_norm=False), unet=unet)
+    cross_view = {f'cross_view.{i}.attention.{part}': value
+                  for i, parts in enumerate(attentions.values()) for part, value in parts.items()}
+    fill(model, {**model.state_dict(), **decoder_b, **cross_view}, path)
+    return model.eval()
+
+
+def natural(name):
+    """Sorting key that puts block 2 before block 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name)]
 
 
 def count(module):
