@@ -810,7 +810,7 @@ def cloth(table, centre, half, a, b):
 # do not collide with anything.
 
 HZ = 10                     # frames a second of a synthetic recording
-TCP = 0.1                   # metres from the hand's origin to the middle of the finger pads, along z
+TCP = 0.102                 # metres along z from the hand's origin to the point between the finger pads that grips
 PADS = np.array([(x, z) for x in (-0.008, 0, 0.008) for z in (0.089, 0.094, 0.1, 0.105)])  # (x, z) on a pad, hand frame
 UP = np.array([0.0, 0, 1])
 
@@ -890,130 +890,146 @@ def within(points, half, order):
     return np.linalg.norm(points / np.array(half), ord=order, axis=-1) <= 1
 
 
-# Each scene below returns
-#   fixed    [(Body, body_in_world)] the furniture          object   Body of the manipulated thing
-#   object_in_world (4,4) at the start                      solid    (half sizes, order) of what fingers can grip of it, see within
-#   supports [(support_in_world, half sizes (2,), order, height)] what it can rest on besides the table
-#   done     object_in_world -> bool, once nothing holds it
-#   bases    [(3,)] where the arms stand                    keys     the script: [(seconds, {arm: (gripper_in_world, opening)})]
+# Each scene below is drawn at random and returns a namespace of
+#   fixed     [(Body, body_in_world)], the furniture          object           Body of the thing to move
+#   supports  [(support_in_world, half sizes (2,), order,     object_in_world  (4,4), where it is at first
+#             height)], where it may rest, besides the table  solid            (half sizes (3,), order), what fingers can
+#   done      object_in_world -> bool, the goal                                grip of it; see within
+#   bases     [(3,)], where the arms stand                    keys             [(seconds, {arm: (gripper_in_world, opening)})],
+#                                                                              the script; an arm not named stays
+OPEN, SHUT = 0.08, 0.0      # metres between the fingers; SHUT closes on whatever there is
+
 
 def cereal_scene(draw):
     """Task 1: a box stands on a shelf; the arm takes it from there and stores it below the shelf."""
-    front, back = draw.permutation([(0.85, 0.15, 0.1), (0.1, 0.35, 0.8), (0.95, 0.75, 0.1), (0.1, 0.6, 0.3)])[:2]
-    yaw, side = draw.uniform(-0.5, 0.5), draw.uniform(-0.12, 0.12)
-    height = draw.uniform(0.25, 0.29)
-    shelf = pose((draw.uniform(0.17, 0.23), side, 0), turn("z", yaw))
+    height, depth, width = draw.uniform(0.28, 0.31), 0.22, 0.36
+    shelf = pose((draw.uniform(0.14, 0.2), draw.uniform(-0.12, 0.12), 0), turn("z", draw.uniform(-0.6, 0.6)))
+    legs = [box((0.02, 0.02, height), (x, y, height / 2)) for x in (-0.1, 0.1) for y in (-0.17, 0.17)]
+    shelf_mesh = merge(box((depth, width, 0.016), (0, 0, height - 0.008)), *legs)
+    dark_wood = wood(np.array((0.45, 0.28, 0.17)) * draw.uniform(0.8, 1.1), 0.06)
     size = np.array([0.1, 0.045, 0.15]) * draw.uniform(0.9, 1.1, 3)
-    depth, width = 0.24, 0.36
-    board = box((depth, width, 0.018), (0, 0, height - 0.009))
-    walls = [box((depth, 0.016, height - 0.018), (0, s * (width / 2 - 0.008), (height - 0.018) / 2)) for s in (-1, 1)]
-    tone = draw.uniform(0.75, 1.1)
-    fixed = [(Body(merge(board, *walls), wood(np.array((0.42, 0.27, 0.17)) * tone, 0.06)), shelf)]
-    start = shelf @ pose((draw.uniform(-0.05, -0.02), draw.uniform(-0.09, 0.09), height + size[2] / 2),
+    front, back = draw.permutation([(0.85, 0.15, 0.1), (0.1, 0.35, 0.8), (0.95, 0.75, 0.1), (0.1, 0.6, 0.3)])[:2]
+    start = shelf @ pose((draw.uniform(-0.05, -0.02), draw.uniform(-0.1, 0.1), height + size[2] / 2),
                          turn("z", draw.uniform(-0.15, 0.15)))
-    end = shelf @ pose((draw.uniform(-0.03, 0.0), draw.uniform(-0.06, 0.06), size[2] / 2))
+    end = shelf @ pose((draw.uniform(0.02, 0.05), draw.uniform(-0.05, 0.05), size[2] / 2))
 
-    pitch = draw.uniform(0.25, 0.5)
-    grip = hand((-size[0] / 2 + 0.027, 0, 0.015), (np.cos(pitch), 0, -np.sin(pitch)), (0, 1, 0))   # gripper_in_object
-    home = hand((draw.uniform(-0.25, -0.12), draw.uniform(-0.2, 0.2), draw.uniform(0.3, 0.42)), (0.5, 0, -1), (0, 1, 0))
+    pitch = draw.uniform(0.15, 0.35)                                            # the hand comes from the front, a little from above
+    grip = hand((-size[0] / 2 + 0.027, 0, 0.01), (np.cos(pitch), 0, -np.sin(pitch)), (0, 1, 0))  # gripper_in_object
+    home = hand(draw.uniform((-0.25, -0.2, 0.3), (-0.12, 0.2, 0.42)), (0.5, 0, -1), (0, 1, 0))
     take, put = start @ grip, end @ grip
-    out = -0.2 * shelf[:3, 0]
-    before = pose(put[:3, 3] + out + 0.03 * UP, put[:3, :3])
-    wide, tight = 0.08, 0.0
-    keys = [(0.0, {0: (home, wide)}), (1.1, {0: (shift(take, -0.1 * take[:3, 2]), wide)}), (0.7, {0: (take, wide)}),
-            (0.4, {0: (take, tight)}), (0.4, {0: (shift(take, 0.05 * UP), tight)}),
-            (0.8, {0: (shift(take, 0.05 * UP + out), tight)}), (0.9, {0: (before, tight)}),
-            (0.9, {0: (shift(put, 0.012 * UP), tight)}), (0.3, {0: (put, tight)}), (0.4, {0: (put, wide)}),
-            (0.7, {0: (shift(put, -0.14 * put[:3, 2]), wide)}), (0.6, {0: (home, wide)})]
+    back_off, over_board = -0.26 * shelf[:3, 0], 0.05 * UP
+    keys = [(0.0, {0: (home, OPEN)}),
+            (1.1, {0: (shift(take, -0.1 * take[:3, 2]), OPEN)}),                # approach
+            (0.7, {0: (take, OPEN)}),
+            (0.4, {0: (take, SHUT)}),                                           # grasp
+            (0.4, {0: (shift(take, over_board), SHUT)}),                        # lift
+            (0.8, {0: (shift(take, over_board + back_off), SHUT)}),             # away from the shelf
+            (0.9, {0: (shift(put, back_off + 0.03 * UP), SHUT)}),               # down
+            (0.9, {0: (shift(put, 0.012 * UP), SHUT)}),                         # under the board
+            (0.3, {0: (put, SHUT)}),                                            # place
+            (0.4, {0: (put, OPEN)}),                                            # release
+            (0.7, {0: (shift(put, back_off), OPEN)}),                           # retreat
+            (0.6, {0: (home, OPEN)})]
 
     def done(object_in_world):
-        centre = transform(object_in_world[:3, 3], invert(shelf))
-        return bool(within(centre[:2], (depth / 2, width / 2), np.inf) and centre[2] < height / 2)
+        x, y, z = transform(object_in_world[:3, 3], invert(shelf))
+        return within(np.array([x, y]), (depth / 2, width / 2), np.inf) and z < height / 2
     return SimpleNamespace(
-        fixed=fixed, object=Body(box(size), cardboard(front, back), OBJECT), object_in_world=start, solid=(size / 2, np.inf),
-        supports=[(shelf, (depth / 2, width / 2), np.inf, height)], done=done, bases=[np.array([-0.55, 0, 0])], keys=keys)
+        fixed=[(Body(shelf_mesh, dark_wood), shelf)], supports=[(shelf, (depth / 2, width / 2), np.inf, height)], done=done,
+        object=Body(box(size), cardboard(front, back), OBJECT), object_in_world=start, solid=(size / 2, np.inf),
+        bases=[np.array([-0.55, 0, 0])], keys=keys)
 
 
 def spatula_scene(draw):
     """Task 2: a spatula leans in a crock, blade up; the arm pulls it out, turns it flat and lays it on the table."""
-    height, radius = draw.uniform(0.12, 0.14), draw.uniform(0.048, 0.058)
-    side = draw.choice([-1, 1])
+    height, radius, side = draw.uniform(0.12, 0.14), draw.uniform(0.048, 0.058), draw.choice([-1, 1])
     crock = pose((draw.uniform(0.05, 0.15), side * draw.uniform(0.08, 0.2), 0))
+    crock_mesh = lathe((0.9 * radius, 0), (radius, height), (radius - 0.006, height), (0.9 * radius - 0.006, 0.008), segments=24)
     glaze = draw.permutation([(0.75, 0.8, 0.85), (0.2, 0.35, 0.5), (0.8, 0.5, 0.3), (0.35, 0.5, 0.35)])
-    vessel = lathe((radius * 0.9, 0), (radius, height), (radius - 0.006, height), (radius * 0.9 - 0.006, 0.008), segments=24)
-    fixed = [(Body(vessel, stripes(glaze[0], glaze[1], 0.045)), crock)]
-    long = draw.uniform(0.21, 0.24)                                             # the handle, along z from -long / 2
-    shape = merge(box((0.012, 0.018, long)), loft((long / 2, -0.003, 0.003, -0.02, 0.02), (long / 2 + 0.02, -0.002, 0.002, -0.036, 0.036),
-                                                  (long / 2 + 0.09, -0.002, 0.002, -0.036, 0.036)))
-    handle, blade = draw.permutation([(0.8, 0.1, 0.1), (0.1, 0.5, 0.25), (0.95, 0.6, 0.1)])[0], (0.12, 0.12, 0.13)
+    length = draw.uniform(0.21, 0.24)                                           # of the handle, which is centred on the origin
+    thin = lambda z, half: (length / 2 + z, -0.0025, 0.0025, -half, half)
+    spatula = merge(box((0.012, 0.018, length)), loft(thin(0, 0.012), thin(0.025, 0.036), thin(0.09, 0.036)))
+    color = draw.permutation([(0.8, 0.1, 0.1), (0.1, 0.5, 0.25), (0.95, 0.6, 0.1)])[0]
 
     def paint(points, normals):
-        return np.where(points[:, 2:] > long / 2, np.float32(blade), np.float32(handle))
+        return np.where(points[:, 2:] > length / 2, np.float32((0.12, 0.12, 0.13)), np.float32(color))
     lean = turn("z", draw.uniform(-0.5, 0.5)) @ turn("y", draw.uniform(-0.1, 0.16))
-    start = pose(crock[:3, 3] - 0.02 * lean[:, 0] * (lean[2, 0] < 0) + (0, 0, 0.008 - (shape[0] @ lean.T)[:, 2].min()), lean)
-    flat = turn("z", draw.uniform(-0.5, 0.5)) @ turn("y", np.pi / 2)            # blade away from the robot, its x axis down
+    start = pose(crock[:3, 3] + (0, 0, 0.008 - transform(spatula[0], pose(np.zeros(3), lean))[:, 2].min()), lean)
+    flat = turn("z", draw.uniform(-0.5, 0.5)) @ turn("y", np.pi / 2)            # blade away from the robot
     end = pose((draw.uniform(-0.1, 0), -side * draw.uniform(0.08, 0.2), 0.006), flat)
 
     pitch = draw.uniform(0.15, 0.35)
-    grip = hand((0, 0, long / 2 - draw.uniform(0.02, 0.035)), (np.cos(pitch), 0, -np.sin(pitch)), (0, 1, 0))
-    home = hand((draw.uniform(-0.25, -0.15), draw.uniform(-0.15, 0.15), draw.uniform(0.3, 0.42)), (0.5, 0, -1), (0, 1, 0))
+    grip = hand((0, 0, length / 2 - draw.uniform(0.02, 0.035)), (np.cos(pitch), 0, -np.sin(pitch)), (0, 1, 0))
+    home = hand(draw.uniform((-0.25, -0.15, 0.3), (-0.15, 0.15, 0.42)), (0.5, 0, -1), (0, 1, 0))
     take, put = start @ grip, end @ grip
-    lifted = shift(take, (0.21 + draw.uniform(0, 0.04)) * UP)
-    keys = [(0.0, {0: (home, 0.08)}), (1.1, {0: (shift(take, -0.1 * take[:3, 2]), 0.08)}), (0.7, {0: (take, 0.08)}),
-            (0.5, {0: (take, 0)}), (1.0, {0: (lifted, 0)}), (1.4, {0: (shift(put, 0.1 * UP), 0)}), (0.7, {0: (put, 0)}),
-            (0.4, {0: (put, 0.08)}), (0.6, {0: (shift(put, 0.14 * UP), 0.08)}), (0.6, {0: (home, 0.08)})]
+    keys = [(0.0, {0: (home, OPEN)}),
+            (1.1, {0: (shift(take, -0.1 * take[:3, 2]), OPEN)}),                # approach
+            (0.7, {0: (take, OPEN)}),
+            (0.5, {0: (take, SHUT)}),                                           # grasp
+            (1.0, {0: (shift(take, draw.uniform(0.21, 0.25) * UP), SHUT)}),     # out of the crock
+            (1.4, {0: (shift(put, 0.1 * UP), SHUT)}),                           # over to the other side, and flat
+            (0.7, {0: (put, SHUT)}),                                            # place
+            (0.4, {0: (put, OPEN)}),                                            # release
+            (0.6, {0: (shift(put, 0.14 * UP), OPEN)}),                          # retreat
+            (0.6, {0: (home, OPEN)})]
 
     def done(object_in_world):
-        lying = abs(object_in_world[2, 2]) < 0.2 and object_in_world[2, 3] < 0.02
-        return bool(lying and np.linalg.norm(object_in_world[:2, 3] - crock[:2, 3]) > radius)
+        lies = abs(object_in_world[2, 2]) < 0.2 and object_in_world[2, 3] < 0.02
+        return lies and np.linalg.norm(object_in_world[:2, 3] - crock[:2, 3]) > radius
     return SimpleNamespace(
-        fixed=fixed, object=Body(shape, paint, OBJECT), object_in_world=start, solid=((0.006, 0.009, long / 2), np.inf),
-        supports=[(crock, (radius, radius), 2, 0.008)], done=done, bases=[np.array([-0.55, 0, 0])], keys=keys)
+        fixed=[(Body(crock_mesh, stripes(glaze[0], glaze[1], 0.045)), crock)], supports=[(crock, (radius, radius), 2, 0.008)],
+        done=done, object=Body(spatula, paint, OBJECT), object_in_world=start, solid=((0.006, 0.009, length / 2), np.inf),
+        bases=[np.array([-0.55, 0, 0])], keys=keys)
 
 
 def apple_scene(draw):
     """Task 3: the right arm takes an apple out of a bowl and hands it to the left arm, which drops it into a bin."""
     bowl = pose((draw.uniform(-0.02, 0.1), draw.uniform(-0.32, -0.22), 0))
+    bowl_mesh = lathe((0.045, 0), (0.075, 0.02), (0.092, 0.055), (0.086, 0.055), (0.07, 0.023), (0.042, 0.006), segments=24)
+    china = draw.permutation([(0.9, 0.9, 0.95), (0.95, 0.8, 0.5), (0.5, 0.75, 0.8)])
     bin_ = pose((draw.uniform(-0.02, 0.1), draw.uniform(0.25, 0.35), 0), turn("z", draw.uniform(-0.4, 0.4)))
-    radius, length, width, height = draw.uniform(0.028, 0.033), draw.uniform(0.2, 0.24), draw.uniform(0.17, 0.2), 0.09
-    cups = draw.permutation([(0.9, 0.9, 0.95), (0.95, 0.8, 0.5), (0.5, 0.75, 0.8)])
-    vessel = lathe((0.045, 0), (0.075, 0.02), (0.092, 0.055), (0.086, 0.055), (0.07, 0.023), (0.042, 0.006), segments=24)
-    walls = [box((length, width, 0.006), (0, 0, 0.003))]
-    walls += [box((0.006, width, height), (s * length / 2, 0, height / 2)) for s in (-1, 1)]
-    walls += [box((length, 0.006, height), (0, s * width / 2, height / 2)) for s in (-1, 1)]
-    paint = draw.permutation([(0.1, 0.4, 0.75), (0.15, 0.5, 0.3), (0.45, 0.45, 0.5)])[0]
-    fixed = [(Body(vessel, stripes(cups[0], cups[1], 0.02)), bowl), (Body(merge(*walls), stripes(paint, paint * 0.8, 0.03)), bin_)]
-    arc = np.linspace(0, np.pi, 9)
+    length, width, height = draw.uniform(0.2, 0.24), draw.uniform(0.17, 0.2), 0.09
+    bin_mesh = merge(box((length, width, 0.006), (0, 0, 0.003)),
+                     *(box((0.006, width, height), (s * length / 2, 0, height / 2)) for s in (-1, 1)),
+                     *(box((length, 0.006, height), (0, s * width / 2, height / 2)) for s in (-1, 1)))
+    plastic = draw.permutation([(0.1, 0.4, 0.75), (0.15, 0.5, 0.3), (0.45, 0.45, 0.5)])[0]
+    radius, arc = draw.uniform(0.028, 0.033), np.linspace(0, np.pi, 9)
     apple = merge(lathe(*zip(radius * np.sin(arc), -radius * np.cos(arc)), segments=18),
                   lathe((0.003, radius - 0.002), (0.002, radius + 0.012), segments=6))
-    red = draw.permutation([(0.85, 0.1, 0.1), (0.5, 0.75, 0.15), (0.9, 0.5, 0.1)])[0]
+    skin_color = draw.permutation([(0.85, 0.1, 0.1), (0.5, 0.75, 0.15), (0.9, 0.5, 0.1)])[0]
     start = shift(bowl, (0, 0, 0.006 + radius))
 
-    down, across = np.array([draw.uniform(-0.1, 0.1), draw.uniform(0, 0.25), -1]), np.array([1.0, 0, 0])
-    apple_in_palm = 0.004                                                       # deeper, the palm would touch it
-    at = lambda point, forward, closing: hand(point - apple_in_palm * np.array(forward) / np.linalg.norm(forward), forward, closing)
-    take = at(start[:3, 3], down, across)
-    meet = np.array([draw.uniform(-0.03, 0.08), draw.uniform(-0.06, 0.06), draw.uniform(0.24, 0.32)])
-    give = at(meet, (0.1, 1, -0.25), across)
-    receive = at(meet, (0.1, -1, -0.25), UP)
-    wait = shift(receive, -0.13 * receive[:3, 2])
+    meet = draw.uniform((-0.03, -0.06, 0.24), (0.08, 0.06, 0.32))
+    x_axis = np.array([1.0, 0, 0])                    # the hands meet with crossed fingers: one pair along x, the other along z
+    take = hand(start[:3, 3], (draw.uniform(-0.1, 0.1), draw.uniform(0, 0.25), -1), x_axis)
+    give, receive = hand(meet, (0.1, 1, -0.25), x_axis), hand(meet, (0.1, -1, -0.25), UP)
     drop = hand(bin_[:3, 3] + 0.14 * UP, (0, 0.1, -1), (0, -1, 0))
-    home = [hand((draw.uniform(-0.2, -0.1), s * draw.uniform(0.2, 0.3), draw.uniform(0.28, 0.38)), (0.3, 0, -1), c)
-            for s, c in ((-1, across), (1, (0, -1, 0)))]
-    w, g = 0.08, 0.0
-    keys = [(0.0, {0: (home[0], w), 1: (home[1], w)}), (0.9, {0: (shift(take, 0.1 * UP), w)}), (0.5, {0: (take, w)}),
-            (0.4, {0: (take, g)}), (0.5, {0: (shift(take, 0.12 * UP), g)}), (1.0, {0: (give, g), 1: (wait, w)}),
-            (0.6, {1: (receive, w)}), (0.4, {1: (receive, g)}), (0.3, {0: (give, w)}),
-            (0.6, {0: (shift(give, -0.13 * give[:3, 2]), w)}), (1.0, {0: (home[0], w), 1: (shift(drop, 0.06 * UP), g)}),
-            (0.4, {1: (drop, g)}), (0.3, {1: (drop, w)}), (0.5, {1: (shift(drop, 0.15 * UP), w)})]
+    right_home = hand(draw.uniform((-0.2, -0.3, 0.28), (-0.1, -0.2, 0.38)), (0.3, 0, -1), x_axis)
+    left_home = hand(draw.uniform((-0.2, 0.2, 0.28), (-0.1, 0.3, 0.38)), (0.3, 0, -1), (0, -1, 0))
+    retreat = lambda gripper_in_world: shift(gripper_in_world, -0.13 * gripper_in_world[:3, 2])
+    keys = [(0.0, {0: (right_home, OPEN), 1: (left_home, OPEN)}),
+            (0.9, {0: (shift(take, 0.1 * UP), OPEN)}),                          # right: approach
+            (0.5, {0: (take, OPEN)}),
+            (0.4, {0: (take, SHUT)}),                                           # grasp
+            (0.5, {0: (shift(take, 0.12 * UP), SHUT)}),                         # lift
+            (1.0, {0: (give, SHUT), 1: (retreat(receive), OPEN)}),              # both: to where they meet
+            (0.6, {1: (receive, OPEN)}),                                        # left: approach
+            (0.4, {1: (receive, SHUT)}),                                        # grasp
+            (0.3, {0: (give, OPEN)}),                                           # right: release
+            (0.6, {0: (retreat(give), OPEN)}),
+            (1.0, {0: (right_home, OPEN), 1: (shift(drop, 0.06 * UP), SHUT)}),  # left: over the bin
+            (0.4, {1: (drop, SHUT)}),
+            (0.3, {1: (drop, OPEN)}),                                           # release
+            (0.5, {1: (shift(drop, 0.15 * UP), OPEN)})]                         # retreat
 
     def done(object_in_world):
-        centre = transform(object_in_world[:3, 3], invert(bin_))
-        return bool(within(centre[:2], (length / 2, width / 2), np.inf) and centre[2] < height)
+        x, y, z = transform(object_in_world[:3, 3], invert(bin_))
+        return within(np.array([x, y]), (length / 2, width / 2), np.inf) and z < height
     return SimpleNamespace(
-        fixed=fixed, object=Body(apple, stripes(red, red * 0.85, radius), OBJECT), object_in_world=start, solid=((radius,) * 3, 2),
+        fixed=[(Body(bowl_mesh, stripes(china[0], china[1], 0.02)), bowl), (Body(bin_mesh, stripes(plastic, 0.8 * plastic, 0.03)), bin_)],
         supports=[(bowl, (0.08, 0.08), 2, 0.006), (bin_, (length / 2, width / 2), np.inf, 0.006)], done=done,
-        bases=[np.array([-0.5, -0.33, 0]), np.array([-0.5, 0.33, 0])], keys=keys)
+        object=Body(apple, stripes(skin_color, 0.85 * skin_color, radius), OBJECT), object_in_world=start,
+        solid=((radius,) * 3, 2), bases=[np.array([-0.5, -0.33, 0]), np.array([-0.5, 0.33, 0])], keys=keys)
 
 
 SCENES = {1: cereal_scene, 2: spatula_scene, 3: apple_scene}
@@ -1090,7 +1106,7 @@ class World:
             self.object_in_world = motion[next(iter(self.holders))] @ self.object_in_world
         for arm in range(len(self.opening)):
             if arm in self.holders:
-                if self.opening[arm] > self.holders[arm] + 0.01:                # 1 cm: a noisy opening lets nothing fall
+                if self.opening[arm] > self.holders[arm] + 0.008:               # 8 mm: a noisy opening drops nothing
                     del self.holders[arm]
                     if not self.holders:
                         self.object_in_world = upright(self.object_in_world)
@@ -1116,14 +1132,14 @@ class World:
             self.holders[arm] = high - low
 
     def fall(self):
-        """Down by at most 15 cm a step, to the highest support below."""
+        """Straight down to the highest support below, within one step."""
         bottom = transform(self.scene.object.mesh[0], self.object_in_world)[:, 2].min()
         heights = [0.0]
         for support_in_world, half, order, height in self.scene.supports:
             centre = transform(self.object_in_world[:3, 3], invert(support_in_world))
             if within(centre[:2], half, order) and height < bottom + 0.03:
                 heights.append(height)
-        self.object_in_world = shift(self.object_in_world, -min(bottom - max(heights), 0.15) * UP)
+        self.object_in_world = shift(self.object_in_world, (max(heights) - bottom) * UP)
 
     def observe(self, intrinsics, cam_in_world, size, samples=1):
         """The world from K cameras: see render. Returns rgb, depth in metres, label and normal."""
@@ -1137,7 +1153,7 @@ class World:
 
     def success(self):
         """Whether the task is done: the object is where it belongs and nothing holds it."""
-        return not self.holders and self.scene.done(self.object_in_world)
+        return bool(not self.holders and self.scene.done(self.object_in_world))
 
 
 def upright(object_in_world):
