@@ -44,8 +44,9 @@ FPS_ID, MOTION_BUCKET, NOISE_AUGMENTATION = 6, 127, 0.02               # SVD's t
 
 @dataclasses.dataclass
 class Preset:
-    """One size of the whole model. `unet`, `vae` and `clip` are the hub's config.json contents, with one key of our own:
-    norm_num_groups, the number of groups of every GroupNorm (32 where absent, as in the published weights)."""
+    """One size of the whole model. `unet`, `vae` and `clip` are the hub's config.json contents, with two keys of our own:
+    norm_num_groups, the number of groups of every GroupNorm (32 where absent, as in the published weights), and the VAE's
+    patch_size, the side of the pixel squares that it folds into channels first (1 where absent)."""
     name: str
     height: int                        # pixels
     width: int                         # pixels
@@ -69,11 +70,12 @@ def unet_config(channels, heads, layers, latent_channels, context, groups, atten
                 up_block_types=['CrossAttnUpBlockSpatioTemporal' if a else 'UpBlockSpatioTemporal' for a in attends[::-1]])
 
 
-def vae_config(channels, layers, latent_channels, groups):
-    """The hub's VAE config for a network trained from scratch; latents are 2 ** (levels - 1) times smaller than images."""
+def vae_config(channels, layers, latent_channels, groups, patch_size=1):
+    """The hub's VAE config for a network trained from scratch; latents are patch_size * 2 ** (levels - 1) times smaller than
+    images."""
     return dict(in_channels=3, out_channels=3, down_block_types=['DownEncoderBlock2D'] * len(channels),
                 block_out_channels=list(channels), layers_per_block=layers, latent_channels=latent_channels,
-                scaling_factor=1.0, force_upcast=False, norm_num_groups=groups)
+                scaling_factor=1.0, force_upcast=False, norm_num_groups=groups, patch_size=patch_size)
 
 
 PRESETS = {
@@ -81,7 +83,7 @@ PRESETS = {
     'tiny': Preset('tiny', height=64, width=80, view_heads=4, view_head_dim=32,
                    unet=unet_config((48, 64), heads=(2, 2), layers=1, latent_channels=8, context=32, groups=16,
                                     attention_levels=2),
-                   vae=vae_config((16, 32, 64, 64), layers=1, latent_channels=8, groups=8)),
+                   vae=vae_config((32, 64), layers=1, latent_channels=8, groups=8, patch_size=4)),
     # One ordinary GPU, an hour: 16 x 20 latents.
     'small': Preset('small', height=128, width=160, view_heads=4, view_head_dim=64,
                     unet=unet_config((64, 128, 256), heads=(1, 2, 4), layers=2, latent_channels=8, context=64, groups=32,

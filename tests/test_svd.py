@@ -404,7 +404,7 @@ def released_state(second_decoder=False, attention=True):
     names = model.sgm_names(unet)
     assert sorted(names.values()) == sorted(sgm_keys([32, 32], 1, [True, False]))
     prefix = 'model.diffusion_model.'
-    state = {prefix + name: fill(key, unet.state_dict()[key].shape).float() for key, name in names.items()}
+    state = {prefix + names[key]: fill(key, value.shape).float() for key, value in unet.state_dict().items()}
     if second_decoder:
         state.update({key.replace('output_blocks', 'other_blocks'): value + 1 for key, value in state.items()
                       if 'output_blocks' in key})
