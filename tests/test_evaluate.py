@@ -1,12 +1,18 @@
 """evaluate.py: metrics against reference values and hand-computed cases, and the commands end to end with tiny numbers."""
+import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 import data
 import evaluate as ev
+import model as model4d
+import sample
+import vae
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "metrics.safetensors")
 RNG = np.random.default_rng
@@ -139,8 +145,6 @@ def test_frechet_by_hand():
 
 
 def test_i3d_is_called_as_the_hub_file_wants(tmp_path):
-    import torch
-
     class Stub(torch.nn.Module):
         def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = True):
             assert x.shape[1] == 3 and x.shape[3:] == (224, 224) and not rescale and not resize and return_features
@@ -162,10 +166,11 @@ SIZE = (48, 64)
 INTRINSICS = np.array([[60.0, 0, 31.5], [0, 60.0, 23.5], [0, 0, 1]])
 
 
-def two_views(angle=0.5):
-    """A box face 0.2 m wide, 0.8 m before camera n, before a wall at 1.2 m; camera m stands beside n and looks at the same.
+def two_views(angle=0.5, offset=0.0):
+    """A face 0.2 m wide, 0.8 m before camera n, before a wall at 1.2 m; camera m stands beside n and looks at the same.
 
-    Returns per view points_in_ref (1, H, W, 3) and the face's mask (1, H, W), by exact ray casting, and m_in_n.
+    Returns per view points_in_ref (H, W, 3) and the face's mask (H, W), by exact ray casting, and m_in_n. The face can be
+    moved by `offset` metres along y.
     """
     m_in_n = pose((0, 0, 1)) @ pose(rotvec=(0, -angle, 0)) @ pose((0, 0, -1))
     views = []
@@ -174,13 +179,14 @@ def two_views(angle=0.5):
         start = cam_in_n[:3, 3]
         at = lambda z: start + rays * ((z - start[2]) / rays[..., 2])[..., None]
         face = at(0.8)
-        on_face = (np.abs(face[..., :2]) < 0.1).all(-1)
-        views.append((np.where(on_face[..., None], face, at(1.2))[None], on_face[None]))
+        on_face = (np.abs(face[..., :2] - [0, offset]) < 0.1).all(-1)
+        views.append((np.where(on_face[..., None], face, at(1.2)), on_face))
     return views, m_in_n
 
 
 def test_cross_view_miou_of_the_truth_and_of_a_shift():
-    ((points_n, mask_n), (points_m, mask_m)), m_in_n = two_views()
+    views, m_in_n = two_views()
+    ((points_n, mask_n), (points_m, mask_m)) = [(points[None], mask[None]) for points, mask in views]
     n_in_m = data.invert(m_in_n)
     z_m = data.transform(points_m, n_in_m)[..., 2]
     seen = ev.seen_by(points_m, points_n[0, ..., 2], INTRINSICS)
@@ -194,10 +200,10 @@ def test_cross_view_miou_of_the_truth_and_of_a_shift():
     assert ev.cross_view_miou(points_n, mask_n & False, mask_m, INTRINSICS, INTRINSICS, n_in_m)[0] == 0
 
 
-def test_splat_keeps_the_nearest():
+def test_z_buffer_keeps_the_nearest():
     points = np.array([[0, 0, 1.0], [0, 0, 0.5], [0, 0, 2.0], [0, 0, -1.0], [9, 0, 1.0]])
     intrinsics = np.array([[10.0, 0, 2], [0, 10.0, 2], [0, 0, 1]])
-    shown, z = ev.splat(points, np.array([True, False, True, True, True]), intrinsics, (5, 5))
+    shown, z = ev.z_buffer(points, np.array([True, False, True, True, True]), intrinsics, (5, 5))
     assert not shown.any() and z[2, 2] == 0.5 and np.isinf(z).sum() == 24
 
 
@@ -232,3 +238,324 @@ def test_add_by_hand(monkeypatch):
     assert ev.add_distance(still, 0.08, still, 0.02) == pytest.approx(2 * 0.03 / 3)             # only the fingers differ
     several = ev.add_distance(np.stack([still, still]), np.array([0.04, 0.08]), still, np.array([0.04, 0.04]))
     assert several == pytest.approx([0, 2 * 0.02 / 3])
+
+
+# ----------------------------------------------------------------------------------------------------- whole clips
+
+def moving_clip(frames=3, step=0.04):
+    """prediction.npz's arrays of the two views above while the face, which stands for the gripper, moves along y."""
+    instants = [two_views(offset=step * t) for t in range(frames + 1)]
+    points = np.stack([[instant[0][v][0] for instant in instants] for v in range(2)]).astype(np.float32)
+    gripper = np.stack([[instant[0][v][1] for instant in instants] for v in range(2)])
+    view_in_ref = np.stack([np.eye(4), instants[0][1]])
+    rgb = np.clip(128 + 400 * (points - [0, 0, 1]) + 60 * gripper[..., None], 0, 255).astype(np.uint8)
+    own_z = data.transform(points, data.invert(view_in_ref))[..., 2]
+    gripper_in_ref = np.stack([[pose((0, step * t, 0.8)), pose((1, 0, 1))] for t in range(frames + 1)])
+    p = dict(observed_rgb=rgb[:, 0], observed_depth=own_z[:, 0], intrinsics=np.stack([INTRINSICS] * 2), fps=2.0,
+             true_rgb=rgb[:, 1:], true_points=points[:, 1:], true_valid=np.ones_like(gripper[:, 1:]),
+             true_view_in_ref=view_in_ref, true_gripper=gripper[:, 1:, None], observed_gripper=gripper[:, :1],
+             true_gripper_in_ref=gripper_in_ref, true_opening=np.full((frames + 1, 2), 0.04),
+             observed_gripper_in_ref=gripper_in_ref[0], observed_opening=np.full(2, 0.04))
+    return ev.truth_row(p)
+
+
+def true_track(p):
+    in_ref = p["true_gripper_in_ref"]
+    return dict(gripper_in_ref=in_ref, opening=p["true_opening"], lost=np.zeros(in_ref.shape[:2], bool))
+
+
+IDEAL = {"psnr": np.inf, "ssim": 1, "delta1": 1, "miou": 1, "agreement_ratio": 1}               # the others: 0
+
+
+def base_name(name):
+    return name.removesuffix("-n").removesuffix("-m").removesuffix("_moving")
+
+
+def test_the_truth_is_ideal_everywhere():
+    p = moving_clip()
+    values = ev.score(p, p["true_gripper"].any(2), true_track(p))
+    floors = {"agreement", "miou_paper", "flicker", "flicker_rgb"}      # the truth itself is sampled by pixels
+    assert {base_name(name) for name in values} >= {"psnr", "abs_rel", "points", "chamfer", "camera_m", "add", "lost", "miou"}
+    for name, value in values.items():
+        if base_name(name) not in floors:
+            assert ev.mean(value) == pytest.approx(IDEAL.get(base_name(name), 0), abs=1e-6), name
+    assert ev.mean(values["flicker"]) < 1e-3 and 0.5 < ev.mean(values["miou_paper"]) < 1
+
+
+
+SPOILT = {                                          # what is spoilt -> the metrics that must get worse
+    "rgb": "psnr-n psnr-m ssim-n ssim-m psnr_moving-n psnr_moving-m ssim_moving-n ssim_moving-m flicker_rgb",
+    "points of n": "abs_rel-n abs_rel_moving-n points-n points_moving-n chamfer agreement agreement_ratio miou miou_paper",
+    "points of m": "abs_rel-m delta1-m points-m delta1_moving-m points_moving-m chamfer agreement agreement_ratio",
+    "restless points": "flicker points-n points-m",
+    "pose": "camera_m camera_rad",
+    "track": "gripper_m gripper_rad add opening lost",
+    "masks": "miou miou_paper",
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_each_metric_gets_worse_when_it_should(spoilt):
+    p = moving_clip()
+    masks, trajectory = p["true_gripper"].any(2), true_track(p)
+    best = {name: ev.mean(value) for name, value in ev.score(p, masks, trajectory).items()}
+    spoil_points = np.zeros_like(p["points"])
+    if spoilt == "points of n":
+        spoil_points[0] += [0, 0.1, 0.1]
+    if spoilt == "points of m":
+        spoil_points[1] += [0, 0, 0.5]
+    if spoilt == "restless points":
+        spoil_points[:, 1] += 0.02
+    bad, bad_track = dict(p, points=p["points"] + spoil_points), dict(trajectory)
+    if spoilt == "rgb":
+        bad["rgb"] = RNG(0).integers(0, 255, p["rgb"].shape).astype(np.uint8)
+    if spoilt == "pose":
+        bad["view_in_ref"] = p["view_in_ref"] @ pose((0.1, 0, 0), (0, 0.1, 0))
+    if spoilt == "track":
+        bad_track["gripper_in_ref"] = trajectory["gripper_in_ref"] @ pose((0.05, 0, 0), (0, 0.2, 0))
+        bad_track["opening"], bad_track["lost"] = trajectory["opening"] + 0.01, ~trajectory["lost"]
+    got = ev.score(bad, np.roll(masks, 5, axis=2) if spoilt == "masks" else masks, bad_track)
+    for name in best:
+        _, _, _, better = ev.METRICS[name.removesuffix("-n").removesuffix("-m")]
+        if name in SPOILT[spoilt].split():
+            assert better * ev.mean(got[name]) < better * best[name], name
+
+
+def test_moving_pixels_expose_the_repeated_frame():
+    p = moving_clip(step=0.1)
+    still = ev.score(ev.last_frame_row(p))
+    assert ev.mean(still["abs_rel_moving-n"]) > 3 * ev.mean(still["abs_rel-n"]) > 0
+    assert ev.mean(still["flicker"]) == 0
+
+
+def test_a_lost_view_scores_zero_not_nothing():
+    p = moving_clip()
+    masks = p["true_gripper"].any(2)
+    masks[1] = False
+    assert ev.mean(ev.score(p, masks)["miou"]) == 0
+
+
+def test_only_moving_grippers_count():
+    p = moving_clip()
+    trajectory = true_track(p)
+    trajectory["gripper_in_ref"] = trajectory["gripper_in_ref"].copy()
+    trajectory["gripper_in_ref"][:, 1, :3, 3] += 1                      # the parked arm
+    values = ev.score_gripper(trajectory, p["true_gripper_in_ref"], p["true_opening"])
+    assert ev.mean(values["gripper_m"]) == 0
+    with pytest.raises(ValueError, match="every arm"):
+        ev.score_gripper({**trajectory, "gripper_in_ref": trajectory["gripper_in_ref"][:, :1]}, p["true_gripper_in_ref"],
+                         p["true_opening"])
+
+
+def test_spread_over_seeds():
+    clips = lambda a, b: ({"one": {"points-n": np.array([a, b])}, "two": {"points-n": np.array([a, np.nan])}}, {"fvd-n": a})
+    row = ev.summarise([clips(1.0, 3.0), clips(2.0, 4.0)])
+    assert row["points-n"]["per_seed"] == [1.5, 2.5] and row["points-n"]["mean"] == 2
+    assert row["points-n"]["spread"] == pytest.approx(np.std([1.5, 2.5], ddof=1))
+    assert row["points-n"]["horizon"] == [1.5, 3.5]
+    assert ev.cell(row, "points-n") == "2000 ± 707" and ev.cell(row, "psnr-n") == "n/a" and ev.cell(row, "fvd-n") == "2 ± 1"
+    assert ev.summarise([clips(1.0, 3.0)])["points-n"]["spread"] is None
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+@pytest.fixture
+def predictions(tmp_path, monkeypatch):
+    """Two clips of somebody's method on disk, and a tracker that finds every gripper where it truly is."""
+    monkeypatch.setattr(ev.track, "track", true_track)
+    monkeypatch.setattr(ev, "tracked_mask", lambda p, trajectory: p["valid"][0])
+    monkeypatch.chdir(tmp_path)
+    for name, error in (("good", 0.01), ("bad", 0.1)):
+        p = moving_clip()
+        ev.write_npz(tmp_path / "method" / name, "prediction.npz", dict(p, points=p["points"] + np.float32(error)))
+    return tmp_path / "method"
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
+    ev.main()
+
+
+def test_predictions_of_any_method(predictions, monkeypatch, capsys):
+    run(monkeypatch, "--predictions", predictions)
+    results = json.loads((predictions / "results.json").read_text())
+    assert list(results["rows"]) == ["method", "last frame repeated", "ground truth"]
+    error = np.sqrt(3) * (0.01 + 0.1) / 2
+    assert results["rows"]["method"]["points-n"]["mean"] == pytest.approx(error, rel=1e-3)
+    assert results["rows"]["ground truth"]["psnr-n"]["mean"] == "inf"
+    assert results["per_clip"]["method"][0]["bad"]["points-n"] > results["per_clip"]["method"][0]["good"]["points-n"]
+    table = (predictions / "results.md").read_text()
+    assert "| *paper: ours* |" in table and "--i3d hub" in table and table in capsys.readouterr().out
+    for picture in ("horizon.png", "worst.png"):
+        assert (predictions / picture).stat().st_size > 5000
+    assert (predictions / "good" / "trajectory.npz").exists()
+
+    others = np.zeros((2, 3, *SIZE), bool)                              # masks from elsewhere are used in place of the tracker's
+    np.savez(predictions / "good" / "masks.npz", gripper=others)
+    assert not ev.tracks(ev.load_prediction(predictions / "good" / "prediction.npz"), predictions / "good")[1].any()
+
+
+def test_bad_input_is_one_line(predictions, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="say --task"):
+        run(monkeypatch)
+    with pytest.raises(ValueError, match="no NAME/prediction.npz"):
+        run(monkeypatch, "--predictions", tmp_path / "nothing")
+    np.savez(predictions / "good" / "masks.npz", gripper=np.zeros(3))
+    with pytest.raises(ValueError, match="masks.npz: an array 'gripper' of shape"):
+        run(monkeypatch, "--predictions", predictions)
+    path = predictions / "good" / "prediction.npz"
+    p = dict(np.load(path))
+    for change, message in ((dict(points=p["points"][:1]), "'points' has shape"), (dict(rgb=None), "no array 'rgb'"),
+                            (dict(true_rgb=None), "no ground truth")):
+        np.savez(path, **{key: value for key, value in {**p, **change}.items() if value is not None})
+        with pytest.raises(ValueError, match=message):
+            ev.load_prediction(path)
+    path.write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="prediction.npz cannot be read"):
+        ev.load_prediction(path)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """One recorded episode, two cameras, packed at the tiny preset's size."""
+    folder = tmp_path_factory.mktemp("recorded")
+    data.pack_folder(Path(__file__).parent / "data" / "recorded", 1, folder, (64, 80))
+    return folder
+
+
+def recorded_truth(folder):
+    episode, start, cameras = ev.test_clips(folder, (64, 80), 2)[-1]
+    item = data.read_clip(episode, start, cameras, np.arange(10), (64, 80))
+    points = data.denormalize_points(item["points"][:, 1:])
+    return ev.truth_row(sample.add_truth(sample.to_prediction(*sample.observation(item), item["rgb"][:, 1:], points), item))
+
+
+def test_miou_of_recorded_truth_is_above_0_9_and_falls(recorded):
+    p = recorded_truth(recorded)
+    masks = p["true_gripper"].any(2)
+    score = lambda shift: ev.mean(ev.score_views(dict(p, points=p["points"] + np.float32(shift)), masks)["miou"])
+    assert score([0, 0, 0]) >= 0.9
+    assert score([0, 0, 0]) > score([0, 0, 0.05]) > score([0, 0, 0.1]) < 0.3
+    assert ev.mean(ev.score_views(p, masks)["miou_paper"]) < 0.8        # the hand's far side is seen by one view only
+
+
+def test_masks_of_tracked_grippers(recorded):
+    p = recorded_truth(recorded)
+    trajectory = true_track(p)
+    both = np.stack([ev.tracked_mask(ev.one_view(p, v), trajectory) for v in range(2)])         # rendered hand, true pose
+    true = p["true_gripper"].any(2)
+    overlap = lambda a, b: (a & b).sum() / (a | b).sum()
+    assert overlap(both[0], true[0]) > 0.5 and overlap(both[1], true[1]) > 0.5
+    trajectory["lost"] = ~trajectory["lost"]
+    assert not ev.tracked_mask(ev.one_view(p, 0), trajectory).any()
+
+
+def test_every_test_clip_once(recorded):
+    clips = ev.test_clips(recorded, (64, 80), 2)
+    assert [tuple(cameras) for _, _, cameras in clips] == [(0, 1), (1, 0)]
+    assert len(ev.test_clips(recorded, (64, 80), 2, count=1)) == 1
+
+
+@pytest.fixture
+def untrained(tmp_path, monkeypatch):
+    """A run folder with a freshly built tiny model, and the tracker of `true_track`."""
+    preset = model4d.PRESETS["tiny"]
+    torch.manual_seed(0)
+    model = model4d.Model4D(preset).eval()
+    vaes = {name: vae.VAE.from_config(preset.vae).eval() for name in ("rgb", "pointmap")}
+    monkeypatch.setattr(sample, "load_run", lambda run, device="cpu": (model, vaes, None))
+    monkeypatch.setattr(ev.track, "track", true_track)
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "model.json").write_text("{}")
+    (run_folder / "model.safetensors").write_text("")
+    for picture in ("plot_horizon", "worst_clips"):                     # test_predictions_of_any_method draws them
+        monkeypatch.setattr(ev, picture, lambda *_: None)
+    return run_folder
+
+
+def test_task_command_samples_and_compares(recorded, untrained, monkeypatch, capsys):
+    run(monkeypatch, "--task", 1, "--data", recorded, "--run", untrained, "--frames", 2, "--steps", 1, "--clips", 1)
+    results = json.loads((untrained / "evaluation" / "results.json").read_text())
+    assert list(results["rows"]) == ["ours", "last frame repeated", "ground truth", "ground truth through the VAEs"]
+    ours = results["rows"]["ours"]["points-m"]
+    assert len(ours["per_seed"]) == 2 and ours["spread"] == pytest.approx(np.std(ours["per_seed"], ddof=1)) and ours["spread"] > 0
+    made = sorted((untrained / "evaluation").rglob("prediction.npz"))
+    assert len(made) == 2
+    sampled = lambda steps: ev.sample_test(untrained, recorded, untrained / "evaluation" / "seed_0", 0, 1, 2, 2, steps)
+    written = lambda: made[0].stat().st_mtime_ns
+    before = written()
+    assert sampled(steps=1) == [made[0].parent] and written() == before             # the same again: not sampled twice
+    assert sampled(steps=2) == [made[0].parent] and written() > before
+
+
+def test_ablation_trains_four_rows_alike(recorded, untrained, monkeypatch):
+    commands = []
+
+    def train(command):
+        commands.append(command)
+        out = Path(command[command.index("--out") + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("model.json", "model.safetensors"):
+            (out / name).write_text("{}")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ev.subprocess, "run", train)
+    run(monkeypatch, "--task", 1, "--data", recorded, "--run", untrained, "--frames", 1, "--steps", 1, "--clips", 1, "--seeds", 0,
+        "--ablation", "--train_steps", 7)
+    switches = [tuple(word for word in command if word in ("--rgb_only", "none", "rgb")) for command in commands]
+    assert switches == [(), ("none",), ("--rgb_only", "none"), ("--rgb_only", "rgb")]
+    assert all("--steps 7" in " ".join(command) and f"--vae {untrained}" in " ".join(command) for command in commands)
+    rows = json.loads((untrained / "ablation" / "results.json").read_text())["rows"]
+    assert list(rows)[:4] == list(ev.ABLATION)
+    monkeypatch.setattr(ev.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(ValueError, match="train.py stopped"):
+        ev.train_ablation(1, recorded, untrained, [0])
+
+
+# ---------------------------------------------------------------------------------------------------- closed loop
+
+def motion_of(path_in_ref):
+    return data.invert(path_in_ref[0]) @ path_in_ref[1:]
+
+
+def oracle(size):
+    return lambda _, *now: ev.scripted_future(*now, size, 10)
+
+
+@pytest.fixture
+def perfect_tracker(monkeypatch):
+    monkeypatch.setattr(ev.track, "track", lambda p: {**true_track(p), "gripper_motion": motion_of(p["true_gripper_in_ref"])})
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_rollout_of_the_true_future_succeeds(task, perfect_tracker):
+    assert ev.rollout(task, ev.ROLLOUT_SEED, (16, 20), oracle((16, 20)), generated=False) == "success"
+    assert ev.rollout(task, ev.ROLLOUT_SEED, (16, 20), lambda *_: None, generated=False) == "held still"
+
+
+def test_failures_are_sorted(perfect_tracker, monkeypatch):
+    track, size = ev.track.track, (16, 20)
+    elsewhere = np.eye(4)
+    elsewhere[:3, 3] = 0.1
+
+    def moved(p):
+        path = track(p)
+        path["gripper_in_ref"] = np.concatenate([path["gripper_in_ref"][:1], path["gripper_in_ref"][1:] @ elsewhere])
+        return {**path, "gripper_motion": motion_of(path["gripper_in_ref"])}
+
+    outcome = lambda generated: ev.rollout(1, ev.ROLLOUT_SEED, size, oracle(size), generated)
+    monkeypatch.setattr(ev.track, "track", moved)
+    assert outcome(generated=True) == "generation" and outcome(generated=False) == "tracking"
+    monkeypatch.setattr(ev.track, "track", lambda p: {**moved(p), "lost": np.ones((11, 1), bool)})
+    assert outcome(generated=True) == "tracking"
+    monkeypatch.setattr(ev.track, "track", lambda p: {**track(p), "opening": np.full((11, 1), 0.08)})    # never grasps
+    assert outcome(generated=True) == "execution"
+
+
+def test_rollout_table(perfect_tracker, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "--task", 1, "--rollout", 2, "--size", "16x20")
+    rows = json.loads((tmp_path / "runs/task_1/rollouts/rollouts.json").read_text())["rows"]
+    assert rows["oracle: the true future"]["success"] == 2 and rows["hold still"]["success"] == 0
+    assert "oracle and hold-still rows only" in capsys.readouterr().out
