@@ -1,0 +1,745 @@
+"""The gripper's path out of a 4D video: render the hand, fit it to the points by ICP, and say "lost" when it does not fit.
+
+    python track.py --prediction runs/task_1/samples/NAME/prediction.npz     # trajectory.npz, overlay.gif, path.png beside it
+    python track.py --prediction P.npz --init mask                           # first pose from the observed gripper masks alone
+    python track.py --prediction P.npz --hand hand.obj --finger finger.obj   # CAD meshes instead of the built-in hand
+    python track.py --episode data/task_1/episode_000 --cameras 13 14        # true pointmaps of a packed episode, with errors
+    python track.py --episode ... --object box.obj                           # any other rigid mesh, from its first mask
+
+For every frame: (1) what has not changed since the observed frame is scenery; (2) a voxel search over all places the hand
+can have reached, (3) ICP of the best few, with the model points that are visible at the estimate, (4) render-and-compare
+decides, counting what agrees, what should be seen and is not, and what is there and should not be, (5) the fingers are slid
+along y until they fit. All views' points lie in one frame, so that they are fused by simply being put together.
+
+Letters   K hypotheses, N model points, M scene points, V views, F = 1 observed + T frames, A arms, H W pixels
+Frames    ref: the reference camera (view 0); cam: a view's own camera; gripper: Franka's hand frame (z out of the palm,
+          fingers slide along y). `a_in_b` is the 4 x 4 that takes a-coordinates to b-coordinates. Metres, radians.
+
+References: Besl and McKay 1992 (ICP); Chen and Medioni 1991 (point-to-plane); Kabsch 1976; Tukey's biweight; FoundationPose,
+arXiv 2312.08344, which the paper uses here and which gives no word when it is lost.
+"""
+import argparse
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import imageio.v3 as imageio
+import numpy as np
+from scipy.ndimage import binary_dilation, distance_transform_edt, maximum_filter
+from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
+from tqdm import tqdm
+
+from data import (FAR, RIGHT_GRIPPER, LEFT_GRIPPER, OBJECT, gripper_mesh, invert, load_episode, load_mesh, point_maps,
+                  rasterize, transform)
+
+STROKE = 0.08               # m, the widest opening
+MAX_SPEED = 0.6             # m/s, how far the hand can get between two frames
+FAN = np.radians(35)        # how much the search turns the hand about each of its axes (90 degrees/s are 45 at 2 Hz)
+AGREE = 0.015               # m along the ray, a model point and the measured one are the same surface
+STILL = 0.015               # m along the ray, a pixel that changed less since the observed frame shows scenery
+OCCLUDED = 0.025            # m, what lies so far in front of a model point hides it
+VOXEL = 0.02                # m, of the search
+HYPOTHESES = 24             # that survive the search and enter ICP
+SHELL = 0.03                # m, so far outside the hand there is nothing
+EVENT = 0.006               # m, the fingers' way beyond which they have closed or opened
+MIN_AGREE, MIN_RATIO = 30, 2.5  # of a pose that is believed: model points that agree, and agree / contradict
+HALF_TURN = np.diag([-1.0, -1.0, 1.0, 1.0])  # about the approach axis: it maps the hand onto itself, fingers swapped
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+
+def sample_surface(vertices, faces, count, seed=0):
+    """`count` points (count,3) spread evenly over a mesh, and their outward normals (corners counter-clockwise from outside)."""
+    a, b, c = np.moveaxis(vertices[faces], 1, 0)
+    normal = np.cross(b - a, c - a)
+    area = np.linalg.norm(normal, axis=1)
+    draw = np.random.default_rng(seed)
+    share = (np.arange(count) + draw.random(count)) / count     # one draw in each of `count` equal shares of the area
+    face = np.searchsorted(np.cumsum(area) / area.sum(), share).clip(max=len(faces) - 1)
+    u = draw.random((count, 2))
+    u = np.where(u.sum(1, keepdims=True) > 1, 1 - u, u)
+    return a[face] + u[:, :1] * (b - a)[face] + u[:, 1:] * (c - a)[face], normal[face] / area[face, None]
+
+
+def make_model(bodies, counts, seed=0):
+    """Surface points of bodies that slide along y as the hand opens.
+
+    bodies: list of (vertices, faces, slide), slide = dy / d(opening): 0 for the hand, +1/2 and -1/2 for the fingers.
+    Returns a namespace: points, normals (N,3) at opening 0, slide (N,), shell (N,) bool: nothing but air is SHELL above it;
+    vertices, faces, vertex_slide of all bodies as one mesh; reach, m, of its farthest point; spacing, m, of its points.
+    """
+    sampled = [sample_surface(v, f, n, seed) for (v, f, _), n in zip(bodies, counts)]
+    points, normals = (np.concatenate(x) for x in zip(*sampled))
+    slides = [slide for _, _, slide in bodies]
+    starts = np.cumsum([0] + [len(v) for v, _, _ in bodies])
+    order = np.random.default_rng(seed).permutation(len(points))  # so that the first n points are a sample of them all
+    model = SimpleNamespace(
+        points=points[order], normals=normals[order], slide=np.repeat(slides, counts)[order],
+        vertices=np.concatenate([v for v, _, _ in bodies]), faces=np.concatenate([f + s for (_, f, _), s in zip(bodies, starts)]),
+        vertex_slide=np.repeat(slides, [len(v) for v, _, _ in bodies]))
+    model.reach = np.linalg.norm(model.points, axis=1).max() + STROKE / 2 * bool(np.any(slides))
+    area = sum(np.linalg.norm(np.cross(v[f[:, 1]] - v[f[:, 0]], v[f[:, 2]] - v[f[:, 0]]), axis=1).sum() / 2 for v, f, _ in bodies)
+    model.spacing = np.sqrt(area / len(points))
+    above = model.points + SHELL * model.normals
+    away = [cKDTree(at_opening(model, [w])[0]).query(at_opening(model, [w], above)[0])[0] for w in (0, STROKE / 2, STROKE)]
+    # None at the flange, where the arm goes on, and none beyond the palm, where an object may be held.
+    model.shell = (np.min(away, 0) > 0.8 * SHELL) & (above[:, 2] > 0) & (above[:, 2] < 0.085) & bool(np.any(slides))
+    return model
+
+
+def hand_model(hand=None, finger=None):
+    """The gripper as a model; from two mesh files (metres, hand frame; the left finger at opening 0), or the built-in one."""
+    if (hand is None) != (finger is None):
+        raise ValueError("--hand and --finger belong together: give both mesh files, or neither for the built-in hand")
+    parts = {"hand": load_mesh(hand), "finger": load_mesh(finger)} if hand else gripper_mesh()
+    (palm, palm_faces), (left, left_faces) = parts["hand"], parts["finger"]
+    right = left * [-1, -1, 1]                            # turned by 180 degrees about z
+    return make_model([(palm, palm_faces, 0.0), (left, left_faces, 0.5), (right, left_faces, -0.5)], [500, 150, 150])
+
+
+def at_opening(model, opening, points=None):
+    """Model points (K,N,3) in the gripper frame at each opening (K,)."""
+    points = np.repeat((model.points if points is None else points)[None], len(opening), 0)
+    points[..., 1] += np.asarray(opening)[:, None] * model.slide
+    return points
+
+
+def add_mount(model, scene, pose, opening):
+    """The model with what is fixed to its flange: the last link of the arm turns with the hand, and the observed frame shows it.
+
+    Without it the arm's points, which no mesh explains, pull the hand's edge towards them.
+    """
+    cloud = nearby(scene, pose[:3, 3], 0.2, 4000, still=True)
+    if cloud is None:
+        return model
+    in_gripper = transform(cloud.points, invert(pose))
+    away = cKDTree(at_opening(model, [opening])[0]).query(in_gripper)[0]
+    behind = (in_gripper[:, 2] > -0.10) & (in_gripper[:, 2] < 0.03) & (np.linalg.norm(in_gripper[:, :2], axis=1) < 0.09)
+    keep = np.flatnonzero(behind & (away > 0.012))
+    cells = np.floor(in_gripper[keep] / (1.2 * model.spacing)).astype(int)
+    keep = keep[np.unique(cells, axis=0, return_index=True)[1]]                 # one point a cell: even, like the mesh's
+    grown = SimpleNamespace(**vars(model))
+    grown.points = np.concatenate([model.points, in_gripper[keep]])
+    grown.normals = np.concatenate([model.normals, cloud.normals[keep] @ pose[:3, :3]])
+    order = np.random.default_rng(0).permutation(len(grown.points))
+    grown.points, grown.normals = grown.points[order], grown.normals[order]
+    grown.slide = np.concatenate([model.slide, np.zeros(len(keep))])[order]
+    grown.shell = np.concatenate([model.shell, np.zeros(len(keep), bool)])[order]
+    return grown
+
+
+# ------------------------------------------------------------------------------------------------------------- ICP
+
+def kabsch(source, target, weight):
+    """The rigid motions (K,4,4) that bring source (K,N,3) onto target (K,N,3), weight (K,N), in the least-squares sense."""
+    weight = weight / weight.sum(-1, keepdims=True).clip(1e-12)
+    a, b = (weight[..., None] * source).sum(1), (weight[..., None] * target).sum(1)         # (K,3) centroids
+    covariance = (weight[..., None] * (target - b[:, None])).mT @ (source - a[:, None])     # (K,3,3)
+    U, _, Vt = np.linalg.svd(covariance)
+    U[..., 2] *= np.linalg.det(U @ Vt)[:, None]                                             # a rotation, not a mirror image
+    return rigid(U @ Vt, b - ((U @ Vt) @ a[..., None])[..., 0])
+
+
+def rigid(rotation, translation):
+    """(K,3,3) and (K,3) -> (K,4,4)."""
+    T = np.tile(np.eye(4), (len(rotation), 1, 1))
+    T[:, :3, :3], T[:, :3, 3] = rotation, translation
+    return T
+
+
+def gauss_newton(source, target, normal, weight, centre, slip):
+    """One step (K,4,4) of point-to-plane, min sum w [(n.e)^2 + slip |e|^2] with e = target - (source moved).
+
+    The motion is a turn about `centre` (K,3) and then a shift. A little of point-to-point (`slip`) holds what planes
+    alone let slide.
+    """
+    arm, e = source - centre[:, None], target - source
+    J = np.concatenate([np.cross(arm, normal), normal], -1)                                 # (K,N,6)
+    Jw = (J * weight[..., None]).mT
+    A, g = Jw @ J, (Jw @ (e * normal).sum(-1)[..., None])[..., 0]
+    if slip:
+        we, wa = weight[..., None] * e, weight[..., None] * arm
+        aa, s = wa.mT @ arm, wa.sum(1)
+        skew = np.cross(s[:, None], np.eye(3))                                              # rows s x e_i
+        B = np.zeros_like(A)
+        B[:, :3, :3] = np.trace(aa, axis1=1, axis2=2)[:, None, None] * np.eye(3) - aa
+        B[:, :3, 3:], B[:, 3:, :3] = skew.mT, skew
+        B[:, 3:, 3:] = weight.sum(1)[:, None, None] * np.eye(3)
+        A, g = A + slip * B, g + slip * np.concatenate([np.cross(arm, we).sum(1), we.sum(1)], -1)
+    x = np.linalg.solve(A + 1e-9 * np.eye(6), g[..., None])[..., 0]
+    turn = Rotation.from_rotvec(x[:, :3]).as_matrix()
+    return rigid(turn, centre + x[:, 3:] - (turn @ centre[..., None])[..., 0])
+
+
+def robust(distance, scale, kernel):
+    """Weights of residuals: 'none', 'huber' or 'tukey' (zero at `scale`)."""
+    if kernel == "none":
+        return (distance < scale) * 1.0
+    if kernel == "huber":
+        return np.minimum(1, 0.25 * scale / np.maximum(distance, 1e-12)) * (distance < scale)
+    return np.maximum(0, 1 - (distance / scale)**2)**2
+
+
+def icp(source, target, target_normals=None, init=None, max_correspondence_distance=0.02, max_iteration=30, *,
+        source_normals=None, weight=None, target_weight=None, kernel="tukey", trim=1.0, slip=0.0, min_cosine=None,
+        tolerance=1e-7, tree=None):
+    """Iterative closest point from one or many starting poses at once.
+
+    source (N,3), or (K,N,3) one set a start; target (M,3); init (4,4) or (K,4,4), default identity. Planes are those of
+    `source_normals` if given (a rendered model's have no noise), else of `target_normals`, else point-to-point (Kabsch).
+    weight (N,) or (K,N), target_weight (M,); kernel 'none' | 'huber' | 'tukey', its scale is max_correspondence_distance;
+    trim: the share of nearest pairs that is used; min_cosine: between the two normals, when both are given; tree: a cKDTree
+    of target. Stops when no start moves by more than `tolerance`.
+    Returns transformation (4,4), source to target; fitness, inliers / points in the source; inlier_rmse, m. With K starts
+    each has a leading K. Raises ValueError for an empty cloud or a shape that does not fit.
+    """
+    source, target = np.asarray(source, float), np.asarray(target, float)
+    if source.shape[-1:] != (3,) or target.shape[-1:] != (3,) or not source.size or not target.size:
+        raise ValueError(f"icp: source {source.shape} and target {target.shape} must be (N,3) and (M,3), neither empty")
+    one = init is None or np.ndim(init) == 2
+    T = np.array(np.eye(4) if init is None else init, float).reshape(-1, 4, 4)
+    K, N = len(T), source.shape[-2]
+    source = np.broadcast_to(source, (K, N, 3))
+    weight = np.broadcast_to(1.0 if weight is None else weight, (K, N))
+    k, n = np.nonzero(weight > 0)                         # only these are looked up
+    tree = tree or cKDTree(target)
+    normals = None if source_normals is None else np.broadcast_to(source_normals, (K, N, 3))
+
+    def pairs(T):
+        moved = source @ T[:, :3, :3].mT + T[:, None, :3, 3]                                # (K,N,3)
+        distance, index = np.full((K, N), np.inf), np.zeros((K, N), int)
+        distance[k, n], index[k, n] = tree.query(moved[k, n], distance_upper_bound=max_correspondence_distance)
+        index[~np.isfinite(distance)] = 0                 # no partner in reach: an infinite distance, weight 0
+        return moved, distance, index
+
+    for _ in range(max_iteration):
+        moved, distance, index = pairs(T)
+        w = weight * robust(distance, max_correspondence_distance, kernel)                  # (K,N)
+        if target_weight is not None:
+            w = w * target_weight[index]
+        if trim < 1:
+            limit = np.nanquantile(np.where(w > 0, distance, np.nan), trim, axis=1, keepdims=True) if (w > 0).any(1).all() else np.inf
+            w = w * (distance <= limit)
+        partner = target[index]
+        normal = normals @ T[:, :3, :3].mT if normals is not None else None if target_normals is None else target_normals[index]
+        if min_cosine is not None:
+            w = w * ((normal * target_normals[index]).sum(-1) > min_cosine)
+        step = kabsch(moved, partner, w) if normal is None else gauss_newton(moved, partner, normal, w, T[:, :3, 3], slip)
+        step[w.sum(1) <= 0] = np.eye(4)
+        T = step @ T                                      # R' = dR R; the origin moves by dt
+        if np.abs(step - np.eye(4)).max() < tolerance:
+            break
+    _, distance, _ = pairs(T)
+    inlier = np.isfinite(distance)
+    count = inlier.sum(1)
+    fitness = count / (weight > 0).sum(1).clip(1)
+    inlier_rmse = np.sqrt((np.where(inlier, distance, 0)**2).sum(1) / count.clip(1))
+    return (T[0], float(fitness[0]), float(inlier_rmse[0])) if one else (T, fitness, inlier_rmse)
+
+
+# ---------------------------------------------------------------------------------------------- one frame of the video
+
+def make_scene(points, valid, intrinsics, view_in_ref, still=None):
+    """One frame: points (V,H,W,3) in ref, valid (V,H,W), intrinsics (V,3,3), view_in_ref (V,4,4), still (V,H,W): no candidates."""
+    ref_in_view = invert(view_in_ref)
+    z = np.einsum("vj,vhwj->vhw", ref_in_view[:, 2, :3], points) + ref_in_view[:, 2, 3, None, None]
+    depth = np.where(valid & (z > 0), z, 0).astype(np.float32)
+    return SimpleNamespace(points=points, depth=depth, intrinsics=intrinsics, ref_in_view=ref_in_view, view_in_ref=view_in_ref,
+                           still=np.zeros(depth.shape, bool) if still is None else still)
+
+
+def look_up(scene, v, points):
+    """Points (...,3) in ref -> their pixels y, x in view v (clipped into the image), z, and whether they are in the image."""
+    H, W = scene.depth.shape[1:]
+    in_cam = points @ scene.ref_in_view[v, :3, :3].T + scene.ref_in_view[v, :3, 3]
+    f, z = scene.intrinsics[v], in_cam[..., 2]
+    in_front = np.maximum(z, 1e-3)
+    x = np.rint(np.clip(f[0, 0] * in_cam[..., 0] / in_front + f[0, 2], -1, W)).astype(int)
+    y = np.rint(np.clip(f[1, 1] * in_cam[..., 1] / in_front + f[1, 2], -1, H)).astype(int)
+    inside = (z > 0.05) & (x >= 0) & (x < W) & (y >= 0) & (y < H)
+    return y.clip(0, H - 1), x.clip(0, W - 1), z, inside
+
+
+def nearby(scene, centre, radius, limit, still=False):
+    """At most `limit` candidate points within `radius` of `centre`: points, normals (M,3), view (M,); None if there are < 20."""
+    keep = (scene.depth > 0) & (np.abs(scene.points - centre).max(-1) < radius)
+    v, y, x = np.nonzero(keep if still else keep & ~scene.still)
+    if len(v) < 20:
+        return None
+    step = -(-len(v) // limit)
+    v, y, x = v[::step], y[::step], x[::step]
+    H, W = scene.depth.shape[1:]
+    reach = max(1, W // 160)                              # pixels between the neighbours that make a normal
+    across = scene.points[v, y, (x + reach).clip(max=W - 1)] - scene.points[v, y, (x - reach).clip(0)]
+    down = scene.points[v, (y + reach).clip(max=H - 1), x] - scene.points[v, (y - reach).clip(0), x]
+    points = scene.points[v, y, x].astype(float)
+    normals = np.cross(across, down).astype(float)
+    normals *= np.sign((normals * (scene.view_in_ref[v, :3, 3] - points)).sum(1, keepdims=True))   # towards the camera
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-9)
+    return SimpleNamespace(points=points, normals=normals, view=v, tree=cKDTree(points))
+
+
+def compare(model, scene, poses, opening, count=None, shell=False):
+    """Render K hypotheses into all views and hold them against the measured depth.
+
+    The mesh is drawn as its sample points through a z-buffer with cells as large as their spacing, which costs a few
+    microseconds a point for any number of hypotheses.
+    poses (K,4,4) gripper_in_ref, opening (K,). Returns a namespace: visible (K,V,N) bool; gap (K,V,N) m, measured z minus the
+    model's (nan where nothing is measured); still (K,V,N); shell (K,) points measured in the air around the hand.
+    """
+    K, V, (H, W) = len(poses), len(scene.depth), scene.depth.shape[1:]
+    N = len(model.points) if count is None else min(count, len(model.points))
+    rotation = poses[:, :3, :3].mT
+    points = at_opening(model, opening)[:, :N] @ rotation + poses[:, None, :3, 3]           # (K,N,3) in ref
+    normals = model.normals[:N] @ rotation
+    visible, still = np.zeros((K, V, N), bool), np.zeros((K, V, N), bool)
+    gap, in_shell = np.full((K, V, N), np.nan, np.float32), np.zeros(K, int)
+    spacing = model.spacing * np.sqrt(len(model.points) / N)
+    for v in range(V):
+        facing = ((scene.view_in_ref[v, :3, 3] - points) * normals).sum(-1) > 0
+        y, x, z, inside = look_up(scene, v, points)
+        k, n = np.nonzero(inside & facing)
+        cell = max(1, round(1.5 * spacing * scene.intrinsics[v, 0, 0] / max(np.median(z), 0.1)))
+        rows, columns = H // cell + 1, W // cell + 1
+        key = (k * rows + y[k, n] // cell) * columns + x[k, n] // cell
+        nearest = np.full(K * rows * columns, np.inf)
+        np.minimum.at(nearest, key, z[k, n])
+        front = z[k, n] <= nearest[key] + 0.012
+        k, n = k[front], n[front]
+        measured = scene.depth[v, y[k, n], x[k, n]]
+        visible[k, v, n] = True
+        still[k, v, n] = scene.still[v, y[k, n], x[k, n]]
+        gap[k, v, n] = np.where(measured > 0, measured - z[k, n], np.nan)
+        if shell:
+            air = model.shell[:N]
+            y, x, z, inside = look_up(scene, v, points[:, air] + SHELL * normals[:, air])
+            in_shell += (inside & ~scene.still[v, y, x] & (np.abs(scene.depth[v, y, x] - z) < 0.5 * SHELL)).sum(1)
+    return SimpleNamespace(visible=visible, gap=gap, still=still, shell=in_shell, points=points)
+
+
+def evidence(seen):
+    """Of what `compare` saw: score (K,), agree (K,) and contradict (K,), in model points.
+
+    A point that should be seen and is not, or that lies on scenery, weighs three times one that agrees: an arm or the held
+    object often hides the hand, and nearly never does one look through it.
+    """
+    gap = np.where(seen.visible, seen.gap, np.nan)
+    close = np.abs(gap) < AGREE
+    agree = np.where(close & ~seen.still, 1 - (gap / AGREE)**2, 0).sum((1, 2))
+    contradict = ((gap > AGREE) | (close & seen.still)).sum((1, 2)) + seen.shell
+    hidden = (gap < -AGREE).sum((1, 2))
+    return agree - 3 * contradict - 0.1 * hidden, agree, contradict
+
+
+# ------------------------------------------------------------------------------------------------------ the search
+
+def search(model, scene, centre, rotations, opening, radius, keep):
+    """The likeliest of all shifts within `radius` of `centre` (3,) and the given rotations (R,3,3): poses (keep,4,4).
+
+    Space is cut into voxels: those near a candidate point count for a visible model point, those that a camera looks
+    through count against any model point. To shift the model by whole voxels is to read the same volume at an offset.
+    """
+    steps = int(np.ceil(radius / VOXEL))
+    half = steps + int(np.ceil(model.reach / VOXEL)) + 1
+    size, shifts = 2 * half + 1, 2 * steps + 1
+    axis = (np.arange(size) - half) * VOXEL
+    grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3) + centre
+    free = np.zeros(len(grid), bool)
+    for v in range(len(scene.depth)):
+        y, x, z, inside = look_up(scene, v, grid)
+        gap = scene.depth[v, y, x] - z
+        free |= inside & (scene.depth[v, y, x] > 0) & ((gap > VOXEL) | (scene.still[v, y, x] & (gap > -VOXEL)))
+    candidates = scene.points[(scene.depth > 0) & ~scene.still]
+    cells = np.rint((candidates - centre) / VOXEL).astype(int) + half
+    cells = cells[((cells >= 0) & (cells < size)).all(1)]
+    if not len(cells):
+        return np.zeros((0, 4, 4))
+    filled = np.zeros((size,) * 3, bool)
+    filled[tuple(cells.T)] = True
+    distance = distance_transform_edt(~filled) * VOXEL
+    free = free.reshape(filled.shape) & (distance > VOXEL)
+    seen_value = np.where(free, -100, 100 * np.exp(-(distance / 0.03)**2)).astype(np.int16)
+    hidden_value = np.where(free, -50, 0).astype(np.int16)
+
+    poses = rigid(rotations, np.repeat(np.asarray(centre, float)[None], len(rotations), 0))
+    seen = compare(model, scene, poses, np.full(len(poses), opening), 200)
+    corner = np.rint((seen.points[:, :100] - centre) / VOXEL).astype(int) + half - steps    # (R,100,3)
+    corner = corner.clip(0, size - shifts)
+    visible = seen.visible[..., :100].any(1)
+    offset = (np.arange(shifts) - steps)**2
+    in_reach = offset[:, None, None] + offset[:, None] + offset <= steps**2
+    found, totals = [], []
+    for r in range(len(poses)):
+        total = np.zeros((shifts,) * 3, np.int32)
+        for (i, j, k), shown in zip(corner[r], visible[r]):
+            total += (seen_value if shown else hidden_value)[i:i + shifts, j:j + shifts, k:k + shifts]
+        total = np.where(in_reach, total / max(visible[r].sum(), 15), -1e9)
+        peak = np.flatnonzero((total == maximum_filter(total, 3)) & in_reach)
+        peak = peak[np.argsort(-total.flat[peak])[:keep]]
+        shift = (np.stack(np.unravel_index(peak, total.shape), -1) - steps) * VOXEL
+        found.append(rigid(np.repeat(rotations[r][None], len(peak), 0), centre + shift))
+        totals.append(total.flat[peak])
+    return np.concatenate(found)[np.argsort(-np.concatenate(totals))[:keep]]
+
+
+def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view_weight=None):
+    """ICP of K hypotheses, rendered anew before each of the `distances`: those model points that are visible and not hidden."""
+    for distance in distances:
+        seen = compare(model, scene, poses, opening, count)
+        weight = (seen.visible & ~(seen.gap < -OCCLUDED)).any(1)
+        n = weight.shape[1]
+        poses, _, _ = icp(at_opening(model, opening)[:, :n], cloud.points, cloud.normals, poses, distance, 4,
+                          source_normals=model.normals[:n], weight=weight, slip=slip, min_cosine=0.5, tree=cloud.tree,
+                          target_weight=None if view_weight is None else view_weight[cloud.view])
+    return poses
+
+
+def fit_opening(model, scene, cloud, pose, before):
+    """How far the fingers are apart, m, given gripper_in_ref: the best of a scan over the stroke, then ICP along y.
+
+    Returns opening and how many finger points speak for it. `before` is kept where none is seen.
+    """
+    finger = np.flatnonzero(model.slide != 0)
+    if not len(finger):
+        return before, 0.0
+    body = SimpleNamespace(**vars(model))
+    body.points, body.normals, body.slide, body.shell = (x[finger] for x in (model.points, model.normals, model.slide, model.shell))
+    tried = np.append(np.linspace(0, STROKE, 17), before)
+    seen = compare(body, scene, np.repeat(pose[None], len(tried), 0), tried)
+    score, agree, contradict = evidence(seen)
+    if (agree + contradict).max() < 8:
+        return before, 0.0
+    best = np.argmax(score)
+    opening = tried[best]
+    along = np.einsum("ni,i->n", model.normals[finger] @ pose[:3, :3].T, pose[:3, 1]) * body.slide   # n . d(point)/d(opening)
+    shown = (seen.visible[best] & (np.abs(seen.gap[best]) < 0.02)).any(0)
+    for _ in range(6):
+        points = transform(at_opening(body, [opening])[0][shown], pose)
+        distance, index = cloud.tree.query(points, distance_upper_bound=0.012)
+        ok = np.isfinite(distance)
+        w = robust(distance[ok], 0.012, "tukey") * (np.abs(along[shown][ok]) > 0.2)
+        if w.sum() < 2:
+            break
+        residual = ((cloud.points[index[ok]] - points[ok]) * (model.normals[finger][shown][ok] @ pose[:3, :3].T)).sum(-1)
+        a = along[shown][ok]
+        opening = np.clip(opening + (w * a * residual).sum() / (w * a * a).sum(), max(0, tried[best] - 0.008), min(STROKE, tried[best] + 0.008))
+    return float(opening), float(agree[best])
+
+
+def settle(model, scene, cloud, poses, opening, keep=3):
+    """Hypotheses -> the best `keep` of them, refined, each with its own opening: poses (k,4,4), opening (k,), score (k,)."""
+    poses = refine(model, scene, cloud, poses, np.full(len(poses), opening), (0.05, 0.03), 200, slip=0.3)
+    score, _, _ = evidence(compare(model, scene, poses, np.full(len(poses), opening), 400, shell=True))
+    poses = poses[np.argsort(-score)[:keep]]
+    # A wrong edge of the hand on the arm is a deep local minimum of ICP: turn the best ones about points of the hand and go on.
+    poses = np.concatenate([poses] + [poses @ nudge for nudge in NUDGES])
+    poses = refine(model, scene, cloud, poses, np.full(len(poses), opening), (0.03, 0.02), 200)
+    score, _, _ = evidence(compare(model, scene, poses, np.full(len(poses), opening), 400, shell=True))
+    poses = poses[np.argsort(-score)[:keep]]
+    openings = np.array([fit_opening(model, scene, cloud, pose, opening)[0] for pose in poses])
+    poses = refine(model, scene, cloud, poses, openings, (0.02, 0.015), 400)
+    return poses, openings, evidence(compare(model, scene, poses, openings, shell=True))[0]
+
+
+def nudge(axis, angle, pivot):
+    turn = Rotation.from_rotvec(np.radians(angle) * np.eye(3)[axis]).as_matrix()
+    return rigid(turn[None], (pivot - turn @ pivot)[None])[0]
+
+
+NUDGES = [nudge(0, s * 14, np.array([0, y, 0.05])) for s in (-1, 1) for y in (-0.06, 0.06)] + \
+         [nudge(axis, s * 14, np.array([0, 0, 0.05])) for s in (-1, 1) for axis in (1, 2)]
+
+
+def polish(model, scene, cloud, pose, opening):
+    """The final fit of one pose: pose, opening, finger points behind it, fitness, inlier_rmse, weights of the views (V,).
+
+    A view whose points lie off the common fit counts less: weight 1 / (sigma^2 + rmse^2), sigma = 3 mm.
+    """
+    view_weight = np.ones(len(scene.depth))
+    for distance in (0.015, 0.01):
+        pose = refine(model, scene, cloud, pose[None], np.array([opening]), (distance,), None, 0.03, view_weight)[0]
+        opening, fingers = fit_opening(model, scene, cloud, pose, opening)
+        seen = compare(model, scene, pose[None], [opening])
+        gap = np.where(seen.visible & ~seen.still & (np.abs(seen.gap) < 2 * AGREE), seen.gap, np.nan)[0]
+        rmse = np.array([np.sqrt(np.nanmean(g**2)) if np.isfinite(g).sum() > 10 else 0.01 for g in gap])
+        view_weight = 1 / (0.003**2 + rmse**2)
+        view_weight /= view_weight.max()
+    visible = (seen.visible & ~(seen.gap < -OCCLUDED)).any(1)[0]
+    points = transform(at_opening(model, [opening])[0][visible], pose)
+    distance = cloud.tree.query(points, distance_upper_bound=0.01)[0] if len(points) else np.array([np.inf])
+    inlier = np.isfinite(distance)
+    return pose, opening, fingers, inlier.mean(), np.sqrt((distance[inlier]**2).mean()) if inlier.any() else np.nan, view_weight
+
+
+# ------------------------------------------------------------------------------------------------ the first frame, and the rest
+
+def all_rotations(count):
+    """`count` rotations spread evenly over SO(3): the super-Fibonacci spiral (Alexa 2022)."""
+    i = np.arange(count) + 0.5
+    r, R = np.sqrt(i / count), np.sqrt(1 - i / count)
+    a, b = 2 * np.pi * i / np.sqrt(2), 2 * np.pi * i / 1.533751168755204288118041
+    return Rotation.from_quat(np.stack([r * np.sin(a), r * np.cos(a), R * np.sin(b), R * np.cos(b)], 1)).as_matrix()
+
+
+def register(model, scene, mask, rotations=150):
+    """The first pose from masks (V,H,W) of the gripper alone.
+
+    Returns poses (2,4,4) gripper_in_ref, the better one first: the hand looks nearly the same after half a turn about its approach
+    axis, so that both are solutions; opening, m; their scores (2,), in model points. None if fewer than 20 points are masked.
+    """
+    scene = SimpleNamespace(**{**vars(scene), "still": ~mask})  # outside the mask there is no hand: as good as scenery
+    masked = scene.points[mask & (scene.depth > 0)]
+    if len(masked) < 20:
+        return None
+    centre = np.median(masked, axis=0)
+    cloud = nearby(scene, centre, 0.4, 3000)
+    rotations = all_rotations(rotations)
+    # The model's own centre, not its flange, is to be in the middle of the masked points.
+    middle = model.points.mean(0)
+    found = []
+    for part in np.array_split(rotations, 10):
+        for opening in (0.07, 0.015):
+            poses = np.concatenate([search(model, scene, centre - turn @ middle, turn[None], opening, 0.07, 4) for turn in part])
+            poses = refine(model, scene, cloud, poses, np.full(len(poses), opening), (0.05, 0.03), 150, slip=0.3)
+            score = mask_score(model, scene, cloud, poses, np.full(len(poses), opening))
+            found += [(score[i], opening, poses[i]) for i in np.argsort(-score)[:6]]
+    found = sorted(found, key=lambda f: -f[0])[:12]
+    settled = []
+    for _, opening, pose in found:
+        poses, openings, _ = settle(model, scene, cloud, pose[None], opening, 2)
+        settled += list(zip(mask_score(model, scene, cloud, poses, openings), openings, poses))
+    _, opening, pose = max(settled, key=lambda f: f[0])
+    both = []
+    for turned in (np.eye(4), HALF_TURN):
+        poses, openings, _ = settle(model, scene, cloud, (pose @ turned)[None], opening, 1)
+        turned_pose, width = polish(model, scene, cloud, poses[0], openings[0])[:2]
+        both.append((mask_score(model, scene, cloud, turned_pose[None], [width])[0], width, turned_pose))
+    both.sort(key=lambda f: -f[0])
+    return np.stack([both[0][2], both[1][2]]), both[0][1], np.array([both[0][0], both[1][0]])
+
+
+def mask_score(model, scene, cloud, poses, opening):
+    """evidence's score, less the share of the masked points that the posed model leaves unexplained."""
+    score = evidence(compare(model, scene, poses, opening, 400))[0]
+    some = cloud.points[::max(1, len(cloud.points) // 300)]
+    posed = at_opening(model, opening) @ poses[:, :3, :3].mT + poses[:, None, :3, 3]
+    away = np.array([cKDTree(p).query(some, distance_upper_bound=0.05)[0] for p in posed])
+    return score - 300 * (away > 0.015).mean(1)
+
+
+def believed(model, scene, pose, opening):
+    """Whether render-and-compare bears a pose out, and with how many points: (bool, score, agree, contradict)."""
+    score, agree, contradict = (x[0] for x in evidence(compare(model, scene, pose[None], [opening], shell=True)))
+    return agree >= MIN_AGREE and agree >= MIN_RATIO * contradict, score, agree, contradict
+
+
+def track_one(model, scene, state, dt):
+    """The next pose of one hand. state: pose, motion (of the last step, in the gripper's frame), opening, score, missed frames.
+
+    First the quick way, from where the hand was and where its velocity takes it; if that does not fit as well as the last frame
+    did, everything in reach. Returns a new state; where nothing is borne out, `lost` is true and the pose is held.
+    """
+    ahead = state.pose @ state.motion
+    radius = min(MAX_SPEED * dt * (1 + state.missed), 0.6)
+    lost = SimpleNamespace(**{**vars(state), "lost": True, "missed": state.missed + 1, "motion": np.eye(4), "fitness": 0.0,
+                              "inlier_rmse": np.nan, "fingers": 0.0})
+    cloud = nearby(scene, state.pose[:3, 3], radius + model.reach, 6000)
+    if cloud is None:
+        return lost
+    guesses = np.stack([state.pose, ahead])
+    poses = refine(model, scene, cloud, guesses, np.full(2, state.opening), (0.03, 0.02), 400)
+    openings = np.full(2, state.opening)
+    score = evidence(compare(model, scene, poses, openings, shell=True))[0]
+    if state.missed or score.max() < 0.8 * state.score:
+        turns = np.concatenate([np.zeros((1, 3)), FAN * np.eye(3), -FAN * np.eye(3)])
+        rotations = state.pose[:3, :3] @ Rotation.from_rotvec(turns).as_matrix()
+        wide = search(model, scene, state.pose[:3, 3], rotations, state.opening, radius, HYPOTHESES)
+        poses, openings, score = settle(model, scene, cloud, np.concatenate([guesses, wide]), state.opening)
+    # What the robot did before it does on: far and turned costs points, little beside those that a wrong place loses.
+    cost = np.min([travel(poses, guess) for guess in guesses], axis=0)
+    best = np.argmax(score - cost)
+    pose, opening, fingers, fitness, rmse, view_weight = polish(model, scene, cloud, poses[best], openings[best])
+    sure, score, agree, _ = believed(model, scene, pose, opening)
+    if not sure:
+        return lost
+    return SimpleNamespace(pose=pose, motion=np.eye(4) if state.missed else invert(state.pose) @ pose, opening=opening, score=score,
+                           agree=agree, missed=0, lost=False, fitness=fitness, inlier_rmse=rmse, fingers=fingers,
+                           view_weight=view_weight)
+
+
+def travel(poses, guess):
+    """(K,) model points that it costs a pose to be away from `guess`: 10 at 15 cm or 40 degrees, four times that at twice."""
+    shift = np.linalg.norm(poses[:, :3, 3] - guess[:3, 3], axis=1)
+    cosine = (np.einsum("kij,ij->k", poses[:, :3, :3], guess[:3, :3]) - 1) / 2
+    return 10 * (shift / 0.15)**2 + 10 * (np.degrees(np.arccos(cosine.clip(-1, 1))) / 40)**2
+
+
+def claim(model, scene, state):
+    """Candidate pixels of a scene that lie on a tracked hand are given to no other."""
+    points = at_opening(model, [state.opening]) @ state.pose[:3, :3].T + state.pose[:3, 3]
+    v, y, x = np.nonzero((scene.depth > 0) & ~scene.still & (np.abs(scene.points - state.pose[:3, 3]).max(-1) < model.reach + 0.02))
+    if len(v):
+        near = np.isfinite(cKDTree(points[0]).query(scene.points[v, y, x], distance_upper_bound=0.012)[0])
+        scene.still[v[near], y[near], x[near]] = True
+
+
+def first_state(pose, opening):
+    return SimpleNamespace(pose=pose, motion=np.eye(4), opening=float(opening), score=np.inf, agree=0.0, missed=0, lost=False,
+                           fitness=1.0, inlier_rmse=0.0, fingers=1.0)
+
+
+def track(prediction, init="auto", model=None, progress=False):
+    """Track every gripper of a 4D video.
+
+    prediction: a dict with the arrays of prediction.npz (DESIGN: points (V,T,H,W,3) in ref, valid, intrinsics, view_in_ref,
+    observed_depth, fps, and observed_gripper_in_ref + observed_opening, or observed_gripper masks). init 'pose' | 'mask' |
+    'auto': the pose if it is known. model: of hand_model or make_model.
+    Returns the arrays of trajectory.npz: gripper_in_ref (F,A,4,4), gripper_motion (T,A,4,4) from the first frame in the gripper's
+    own frame, opening (F,A) m, closed (F,A), fitness (F,A), inlier_rmse (F,A) m, lost (F,A); from masks also
+    symmetric_gripper_in_ref (F,A,4,4), the other solution, and symmetry_score (A,2). A frame that is lost holds the last pose.
+    Raises ValueError naming the key that is missing or has the wrong shape.
+    """
+    p = check(prediction)
+    model = model or hand_model()
+    if init == "auto":
+        init = "pose" if "observed_gripper_in_ref" in p else "mask"
+    need = ("observed_gripper_in_ref", "observed_opening") if init == "pose" else ("observed_gripper",)
+    missing = [key for key in need if key not in p]
+    if missing:
+        raise ValueError(f"the prediction has no '{missing[0]}': --init {init} needs it (try the other --init)")
+    V, T = p["points"].shape[:2]
+    own, valid = point_maps(p["observed_depth"], p["intrinsics"].astype(np.float32))
+    observed = make_scene(transform(own, p["view_in_ref"].astype(np.float32)), valid, p["intrinsics"], p["view_in_ref"])
+
+    extra = {}
+    if init == "pose":
+        poses, openings = np.array(p["observed_gripper_in_ref"], float), p["observed_opening"]
+        masks = p.get("observed_gripper")
+    else:
+        masks = p["observed_gripper"]
+        found = [register(model, observed, masks[:, a]) for a in range(masks.shape[1])]
+        poses = np.stack([np.full((4, 4), np.nan) if f is None else f[0][0] for f in found])
+        openings = np.array([0.0 if f is None else f[1] for f in found])
+        extra["symmetry_score"] = np.stack([np.zeros(2) if f is None else f[2] for f in found])
+    A = len(poses)
+    models, states, here = [], [], np.zeros(observed.depth.shape, bool)
+    for a in range(A):
+        known = np.isfinite(poses[a]).all()
+        state = first_state(poses[a] if known else np.eye(4), openings[a])
+        state.lost, state.gone = not known, not known
+        models.append(add_mount(model, observed, state.pose, state.opening) if known and np.any(model.slide) else model)
+        if known:
+            here |= silhouette(model, observed, state.pose, state.opening)
+        states.append(state)
+    if masks is not None:
+        here |= masks.any(1)
+    here = binary_dilation(here, np.ones((1, 3, 3), bool))
+
+    frames = [states]
+    for t in tqdm(range(T), desc="tracking", unit="frame", disable=not progress):
+        scene = make_scene(p["points"][:, t], p["valid"][:, t], p["intrinsics"], p["view_in_ref"])
+        unchanged = np.abs(scene.depth - observed.depth) < STILL
+        scene.still = unchanged & (observed.depth > 0) & (scene.depth > 0) & ~here
+        states = list(states)
+        for a in sorted(range(A), key=lambda a: -states[a].agree):  # the better seen hand first
+            if states[a].__dict__.get("gone"):
+                continue
+            states[a] = track_one(models[a], scene, states[a], 1 / p["fps"])
+            if not states[a].lost:
+                claim(model, scene, states[a])
+        frames.append(states)
+
+    collect = lambda name: np.array([[getattr(s, name) for s in states] for states in frames])
+    gripper_in_ref, lost = collect("pose"), collect("lost")
+    opening = smooth(collect("opening"), collect("fingers"))
+    if "symmetry_score" in extra:
+        extra["symmetric_gripper_in_ref"] = gripper_in_ref @ HALF_TURN
+    return dict(gripper_in_ref=gripper_in_ref, gripper_motion=invert(gripper_in_ref[:1]) @ gripper_in_ref[1:], opening=opening,
+                closed=closed_flags(opening), fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"), lost=lost, **extra)
+
+
+def silhouette(model, scene, pose, opening):
+    """(V,H,W) bool, the pixels that the whole model covers in every view, hidden or not."""
+    H, W = scene.depth.shape[1:]
+    vertices = model.vertices.copy()
+    vertices[:, 1] += opening * model.vertex_slide
+    vertices_in_cam = np.stack([transform(transform(vertices, pose), ref_in_cam) for ref_in_cam in scene.ref_in_view])
+    return rasterize(vertices_in_cam, model.faces, scene.intrinsics, H, W)[0] > 0
+
+
+def smooth(opening, fingers):
+    """Openings (F,A) averaged over neighbouring frames that are like them: noise goes, a closing or opening stays sharp."""
+    F = len(opening)
+    near = np.exp(-0.5 * (np.subtract.outer(np.arange(F), np.arange(F)) / 1.0)**2)         # (F,F)
+    alike = np.exp(-0.5 * ((opening[:, None] - opening[None]) / (0.7 * EVENT))**2)          # (F,F,A)
+    weight = near[..., None] * alike * (fingers[None] + 1e-3)
+    return (weight * opening[None]).sum(1) / weight.sum(1)
+
+
+def closed_flags(opening):
+    """(F,A) bool with hysteresis: closed when the fingers came EVENT nearer than the widest since they opened, open again when they
+    parted by EVENT from the narrowest since they closed. No width is fixed, so that a grasped apple counts as a grasped sheet."""
+    closed = np.zeros(opening.shape, bool)
+    for a in range(opening.shape[1]):
+        state, extreme = opening[0, a] < STROKE / 2, opening[0, a]
+        for t, width in enumerate(opening[:, a]):
+            extreme = min(extreme, width) if state else max(extreme, width)
+            if abs(width - extreme) > EVENT:
+                state, extreme = not state, width
+            closed[t, a] = state
+    return closed
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+def check(p):
+    """The arrays of a prediction, shapes checked."""
+    shape = np.shape(p.get("points", ()))
+    if len(shape) != 5 or shape[-1] != 3:
+        raise ValueError(f"the prediction's 'points' has shape {shape}, expected (V,T,H,W,3): an RGB-only model cannot be tracked")
+    V, T, H, W, _ = shape
+    for key, want in dict(valid=(V, T, H, W), intrinsics=(V, 3, 3), view_in_ref=(V, 4, 4), observed_depth=(V, H, W)).items():
+        if np.shape(p.get(key, ())) != want:
+            raise ValueError(f"the prediction's '{key}' has shape {np.shape(p.get(key, ()))}, expected {want}")
+    return {"fps": 2.0, **p}
+
+
+def load_prediction(path):
+    """prediction.npz -> dict of arrays."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file}
+    except FileNotFoundError:
+        raise ValueError(f"--prediction {path}: no such file (sample.py writes it)") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"--prediction {path} is no readable npz file ({str(error).splitlines()[0]})") from None
+
+
+def episode_prediction(folder, cameras, stride=None, start=0, frames=None):
+    """A packed episode as a perfect prediction: its true pointmaps in prediction.npz's keys, and the true path.
+
+    cameras: V camera numbers counted from 0, the reference first; stride: raw frames a step, default what makes 2 Hz.
+    """
+    episode = load_episode(folder)
+    cameras = list(cameras)
+    if min(cameras) < 0 or max(cameras) >= len(episode.rgb):
+        raise ValueError(f"--cameras: {folder} has cameras 0 to {len(episode.rgb) - 1}")
+    stride = stride or max(1, round(episode.rate_hz / 2))
+    times = np.arange(start, episode.rgb.shape[1], stride)[:None if frames is None else frames + 1]
+    if len(times) < 2:
+        raise ValueError(f"{folder} has {episode.rgb.shape[1]} frames: too few for --stride {stride}")
+    world_in_ref = invert(episode.cam_in_world[cameras[0], times[0]])
+    views_in_ref = world_in_ref @ episode.cam_in_world[cameras][:, times]                   # (V,F,4,4)
+    depth = np.stack([episode.depth[c, times] for c in cameras]) / np.float32(1000)
+    own, valid = point_maps(depth, episode.intrinsics[cameras][:, None].astype(np.float32))
+    points = transform(own, views_in_ref.astype(np.float32))
+    rgb, label = (np.stack([x[c, times] for c in cameras]) for x in (episode.rgb, episode.label))
+    grippers = world_in_ref @ episode.gripper_in_world[times]
+    arms = grippers.shape[1]
+    return dict(rgb=rgb[:, 1:], points=points[:, 1:], valid=valid[:, 1:], intrinsics=episode.intrinsics[cameras],
+                view_in_ref=views_in_ref[:, 0], observed_rgb=rgb[:, 0], observed_depth=depth[:, 0],
+                observed_gripper=np.stack([label[:, 0] == g for g in (RIGHT_GRIPPER, LEFT_GRIPPER)[:arms]], 1),
+                observed_object=label[:, 0] == OBJECT, observed_gripper_in_ref=grippers[0],
+                observed_opening=episode.gripper_opening[times[0]], fps=episode.rate_hz / stride, ref_in_world=invert(world_in_ref),
+                true_gripper_in_ref=grippers, true_opening=episode.gripper_opening[times])
