@@ -384,6 +384,12 @@ class Clips(torch.utils.data.Dataset):
         if height < size[0] or width < size[1]:
             raise ValueError(f"{data} is packed at {height}x{width}, smaller than the {size[0]}x{size[1]} asked for: "
                              f"pack it again with data.py --size {size[0]}x{size[1]}")
+        # a rig with fewer than 16 cameras has none to spare: every one serves both splits
+        chosen = {"train": TRAIN_CAMERAS, "test": TEST_CAMERAS}[split]
+        self.cameras = [np.array(chosen if len(episode.rgb) >= 16 else range(len(episode.rgb))) for episode in self.episodes]
+        for episode, cameras in zip(self.episodes, self.cameras):
+            if len(cameras) < views:
+                raise ValueError(f"{views} views were asked for, {episode.folder} has {len(cameras)} cameras of the {split} split")
         self.split, self.size, self.views, self.frames = split, tuple(size), views, frames
         self.single, self.seed, self.length = single, seed, length
 
@@ -395,11 +401,7 @@ class Clips(torch.utils.data.Dataset):
         e = draw.integers(len(self.episodes))
         episode = self.episodes[e]
         start = int(draw.choice(self.starts[e]))
-        count = len(episode.rgb)
-        cameras = np.array(TRAIN_CAMERAS if self.split == "train" else TEST_CAMERAS)
-        if count < 16:                                    # a rig with few cameras: every one serves both splits
-            cameras = np.arange(count)
-        cameras = draw.choice(cameras, self.views, replace=False)
+        cameras = draw.choice(self.cameras[e], self.views, replace=False)
         predicted = draw.integers(self.frames, size=1) if self.single else np.arange(self.frames)
         return read_clip(episode, start, cameras, predicted, self.size)
 
@@ -810,7 +812,7 @@ def cloth(table, centre, half, a, b):
 # do not collide with anything.
 
 HZ = 10                     # frames a second of a synthetic recording
-TCP = 0.102                 # metres along z from the hand's origin to the point between the finger pads that grips
+TCP = 0.1                   # metres along z from the hand's origin to the point between the finger pads that grips
 PADS = np.array([(x, z) for x in (-0.008, 0, 0.008) for z in (0.089, 0.094, 0.1, 0.105)])  # (x, z) on a pad, hand frame
 UP = np.array([0.0, 0, 1])
 
@@ -921,14 +923,14 @@ def cereal_scene(draw):
     keys = [(0.0, {0: (home, OPEN)}),
             (1.1, {0: (shift(take, -0.1 * take[:3, 2]), OPEN)}),                # approach
             (0.7, {0: (take, OPEN)}),
-            (0.4, {0: (take, SHUT)}),                                           # grasp
+            (0.6, {0: (take, SHUT)}),                                           # grasp
             (0.4, {0: (shift(take, over_board), SHUT)}),                        # lift
             (0.8, {0: (shift(take, over_board + back_off), SHUT)}),             # away from the shelf
             (0.9, {0: (shift(put, back_off + 0.03 * UP), SHUT)}),               # down
             (0.9, {0: (shift(put, 0.012 * UP), SHUT)}),                         # under the board
             (0.3, {0: (put, SHUT)}),                                            # place
             (0.4, {0: (put, OPEN)}),                                            # release
-            (0.7, {0: (shift(put, back_off), OPEN)}),                           # retreat
+            (0.6, {0: (shift(put, back_off), OPEN)}),                           # retreat
             (0.6, {0: (home, OPEN)})]
 
     def done(object_in_world):
@@ -965,7 +967,7 @@ def spatula_scene(draw):
     keys = [(0.0, {0: (home, OPEN)}),
             (1.1, {0: (shift(take, -0.1 * take[:3, 2]), OPEN)}),                # approach
             (0.7, {0: (take, OPEN)}),
-            (0.5, {0: (take, SHUT)}),                                           # grasp
+            (0.6, {0: (take, SHUT)}),                                           # grasp
             (1.0, {0: (shift(take, draw.uniform(0.21, 0.25) * UP), SHUT)}),     # out of the crock
             (1.4, {0: (shift(put, 0.1 * UP), SHUT)}),                           # over to the other side, and flat
             (0.7, {0: (put, SHUT)}),                                            # place
@@ -993,7 +995,7 @@ def apple_scene(draw):
                      *(box((0.006, width, height), (s * length / 2, 0, height / 2)) for s in (-1, 1)),
                      *(box((length, 0.006, height), (0, s * width / 2, height / 2)) for s in (-1, 1)))
     plastic = draw.permutation([(0.1, 0.4, 0.75), (0.15, 0.5, 0.3), (0.45, 0.45, 0.5)])[0]
-    radius, arc = draw.uniform(0.028, 0.033), np.linspace(0, np.pi, 9)
+    radius, arc = draw.uniform(0.026, 0.03), np.linspace(0, np.pi, 9)
     apple = merge(lathe(*zip(radius * np.sin(arc), -radius * np.cos(arc)), segments=18),
                   lathe((0.003, radius - 0.002), (0.002, radius + 0.012), segments=6))
     skin_color = draw.permutation([(0.85, 0.1, 0.1), (0.5, 0.75, 0.15), (0.9, 0.5, 0.1)])[0]
@@ -1008,19 +1010,19 @@ def apple_scene(draw):
     left_home = hand(draw.uniform((-0.2, 0.2, 0.28), (-0.1, 0.3, 0.38)), (0.3, 0, -1), (0, -1, 0))
     retreat = lambda gripper_in_world: shift(gripper_in_world, -0.13 * gripper_in_world[:3, 2])
     keys = [(0.0, {0: (right_home, OPEN), 1: (left_home, OPEN)}),
-            (0.9, {0: (shift(take, 0.1 * UP), OPEN)}),                          # right: approach
+            (0.8, {0: (shift(take, 0.1 * UP), OPEN)}),                          # right: approach
             (0.5, {0: (take, OPEN)}),
-            (0.4, {0: (take, SHUT)}),                                           # grasp
+            (0.6, {0: (take, SHUT)}),                                           # grasp
             (0.5, {0: (shift(take, 0.12 * UP), SHUT)}),                         # lift
-            (1.0, {0: (give, SHUT), 1: (retreat(receive), OPEN)}),              # both: to where they meet
-            (0.6, {1: (receive, OPEN)}),                                        # left: approach
-            (0.4, {1: (receive, SHUT)}),                                        # grasp
-            (0.3, {0: (give, OPEN)}),                                           # right: release
-            (0.6, {0: (retreat(give), OPEN)}),
-            (1.0, {0: (right_home, OPEN), 1: (shift(drop, 0.06 * UP), SHUT)}),  # left: over the bin
-            (0.4, {1: (drop, SHUT)}),
-            (0.3, {1: (drop, OPEN)}),                                           # release
-            (0.5, {1: (shift(drop, 0.15 * UP), OPEN)})]                         # retreat
+            (0.9, {0: (give, SHUT), 1: (retreat(receive), OPEN)}),              # both: to where they meet
+            (0.5, {1: (receive, OPEN)}),                                        # left: approach
+            (0.6, {1: (receive, SHUT)}),                                        # grasp
+            (0.4, {0: (give, OPEN)}),                                           # right: release
+            (0.5, {0: (retreat(give), OPEN)}),
+            (0.9, {0: (right_home, OPEN), 1: (shift(drop, 0.06 * UP), SHUT)}),  # left: over the bin
+            (0.3, {1: (drop, SHUT)}),
+            (0.4, {1: (drop, OPEN)}),                                           # release
+            (0.4, {1: (shift(drop, 0.15 * UP), OPEN)})]                         # retreat
 
     def done(object_in_world):
         x, y, z = transform(object_in_world[:3, 3], invert(bin_))
@@ -1059,13 +1061,13 @@ def minimum_jerk(keys, draw):
     Every key is reached at rest, along s(t) = 10 t^3 - 15 t^4 + 6 t^5, which has the least squared jerk between two rests
     (Flash and Hogan 1985). The pace, each duration and each key's place vary a little.
     """
-    pace = draw.uniform(0.9, 1.1)
+    pace = draw.uniform(0.9, 1.05)
     now = [keys[0][1][arm] for arm in sorted(keys[0][1])]
     poses, openings = [], []
     for seconds, targets in keys:
         target = [targets.get(arm, state) for arm, state in enumerate(now)]
         target = [(shift(p, draw.normal(0, 0.0015, 3)) if arm in targets else p, w) for arm, (p, w) in enumerate(target)]
-        steps = max(1, round(seconds * pace * draw.uniform(0.9, 1.1) * HZ))
+        steps = max(1, round(seconds * pace * draw.uniform(0.92, 1.08) * HZ))
         for t in np.arange(1, steps + 1) / steps:
             s = 10 * t**3 - 15 * t**4 + 6 * t**5
             poses.append([between(a, b, s) for (a, _), (b, _) in zip(now, target)])
@@ -1090,6 +1092,7 @@ class World:
         self.scene = SCENES[self.task](draw)
         self.demonstration = minimum_jerk(self.scene.keys, draw)
         self.gripper_in_world, self.opening = self.demonstration[0][0], self.demonstration[1][0]
+        self.gap = self.opening                       # how wide each hand was when it began to close
         self.object_in_world = self.scene.object_in_world
         self.holders = {}                             # arm -> width of the object between its fingers; the first one carries it
         self.fixed = room(draw) + self.scene.fixed
@@ -1099,33 +1102,37 @@ class World:
         self.lamp = draw.uniform((-0.7, 0.5, 1.7), (0.2, 0.9, 2.1)) * (1, draw.choice([-1, 1]), 1)
 
     def step(self, gripper_in_world, opening):
-        """Move the hands to gripper_in_world (A,4,4) and the fingers to opening (A,) m, where the object lets them."""
+        """Move the hands to gripper_in_world (A,4,4) and the fingers to opening (A,) m, as far as the object lets them."""
         motion = gripper_in_world @ invert(self.gripper_in_world)               # (A,4,4), in the world
-        before, self.gripper_in_world, self.opening = self.opening, np.array(gripper_in_world), np.clip(opening, 0, 0.08)
+        before, self.opening = self.opening, np.clip(opening, 0, OPEN)
+        self.gripper_in_world = np.array(gripper_in_world)
+        closing = self.opening < before
+        self.gap = np.where(closing, self.gap, self.opening)
         if self.holders:
             self.object_in_world = motion[next(iter(self.holders))] @ self.object_in_world
         for arm in range(len(self.opening)):
-            if arm in self.holders:
-                if self.opening[arm] > self.holders[arm] + 0.008:               # 8 mm: a noisy opening drops nothing
-                    del self.holders[arm]
-                    if not self.holders:
-                        self.object_in_world = upright(self.object_in_world)
-            else:
-                self.grip(arm, before[arm])
+            if arm not in self.holders:
+                if closing[arm]:
+                    self.grip(arm)
+            elif self.opening[arm] > self.holders[arm] + 0.008:                 # 8 mm: a noisy opening drops nothing
+                del self.holders[arm]
+                if not self.holders:
+                    self.object_in_world = upright(self.object_in_world)
             self.opening[arm] = max(self.opening[arm], self.holders.get(arm, 0))
         if not self.holders:
             self.fall()
 
-    def grip(self, arm, before):
-        """The object sticks to fingers that close on it from both sides, and moves to their middle."""
+    def grip(self, arm):
+        """The object sticks to fingers that close on it from both sides; they push it to their middle."""
         y = np.linspace(-0.05, 0.05, 201)
-        line = np.stack(np.broadcast_arrays(PADS[:, None, 0], y, PADS[:, None, 1]), -1)          # (pads,201,3), hand frame
-        touched = within(transform(line, invert(self.object_in_world) @ self.gripper_in_world[arm]), *self.scene.solid).any(0)
+        line = np.stack(np.broadcast_arrays(PADS[:, None, 0], y, PADS[:, None, 1]), -1)  # (pads,201,3), from finger to finger
+        line_in_object = transform(line, invert(self.object_in_world) @ self.gripper_in_world[arm])
+        touched = within(line_in_object, *self.scene.solid).any(0)
         if not touched.any():
             return
         low, high = y[touched][[0, -1]]
-        between_fingers = max(-low, high) < before / 2 + 0.003
-        if between_fingers and self.opening[arm] <= high - low + 0.003 < before:
+        # 5 mm each: finger tips are slanted and soft, and a recorded opening is no closer than where the fingers were stopped.
+        if max(-low, high) < self.gap[arm] / 2 + 0.005 and self.opening[arm] < high - low + 0.005:
             if not self.holders:
                 middle = (low + high) / 2 * self.gripper_in_world[arm, :3, 1]
                 self.object_in_world = shift(self.object_in_world, -middle)
