@@ -33,7 +33,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------------------- presets
@@ -81,8 +80,8 @@ def vae_config(channels, layers, latent_channels, groups, patch_size=1):
 PRESETS = {
     # A laptop CPU, minutes: 8 x 10 latents of 8 channels.
     'tiny': Preset('tiny', height=64, width=80, view_heads=4, view_head_dim=32,
-                   unet=unet_config((48, 64), heads=(2, 2), layers=1, latent_channels=8, context=32, groups=16,
-                                    attention_levels=2),
+                   unet=unet_config((48, 64), heads=(2, 2), layers=1, latent_channels=8, context=32, groups=8,
+                                    attention_levels=0),
                    vae=vae_config((32, 64), layers=1, latent_channels=8, groups=8, patch_size=4)),
     # One ordinary GPU, an hour: 16 x 20 latents.
     'small': Preset('small', height=128, width=160, view_heads=4, view_head_dim=64,
@@ -172,17 +171,33 @@ def weight_files(folder, half=False):
     raise ValueError(f'{folder} has no diffusion_pytorch_model[.fp16].safetensors and no model[.fp16].safetensors')
 
 
+def read_safetensors(path):
+    """Yields (key, tensor) of a .safetensors file, one at a time. The file is read, not mapped as the safetensors package does:
+    mapped pages stay in memory beside the tensors made of them, which doubles the peak when the wanted dtype is another."""
+    dtypes = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64}
+    try:
+        with open(path, 'rb') as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), 'little'), Path(path).stat().st_size)))
+            start = file.tell()
+            header.pop('__metadata__', None)
+            for key, entry in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
+                tensor = torch.empty(entry['shape'], dtype=dtypes[entry['dtype']])
+                begin, end = entry['data_offsets']
+                file.seek(start + begin)
+                if end - begin != tensor.nbytes or file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:
+                    raise ValueError(f'the file ends within {key}')
+                yield key, tensor
+    except Exception as error:                                   # there is no end to what a damaged header can cause
+        raise ValueError(f'{path} is damaged or truncated ({type(error).__name__}: {error}): download it again') from None
+
+
 def load_weights(module, files, dtype=torch.float32, device='cpu'):
     """Fills `module` (which may be on the meta device) from safetensors files, strictly. Raises a one-line ValueError."""
     state = {}
     for path in files:
-        try:
-            with safe_open(path, 'pt', device=str(device)) as file:
-                for key in file.keys():
-                    if key not in getattr(module, 'keys_to_ignore', ()):
-                        state[key] = file.get_tensor(key).to(dtype)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f'{path} is damaged or truncated ({error}): download it again') from None
+        for key, tensor in read_safetensors(path):
+            if key not in getattr(module, 'keys_to_ignore', ()):
+                state[key] = tensor.to(device, dtype)
     fill(module, state, files[0] if len(files) == 1 else files[0].parent)
 
 
@@ -693,6 +708,9 @@ def fresh(unet):
         if last:
             nn.init.zeros_(getattr(module, last).weight)
             nn.init.zeros_(getattr(module, last).bias)
+        if isinstance(module, TimeConv):                # a clip starts as its frames one by one: training begins on those
+            nn.init.zeros_(module.weight[:, :, 0])
+            nn.init.zeros_(module.weight[:, :, 2])
     return unet
 
 

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -40,21 +40,24 @@ from tqdm import tqdm
 import data as D
 import model as M
 import sample as S
+from vae import Muon, choose_preset
 
 # What a preset trains with, unless a flag says otherwise.
 #   steps          optimiser steps
 #   single         share of the steps spent on single frames first, single_batch pairs of views each: what teaches the geometry is
 #                  the number of view pairs seen, and one frame shows the same pair as ten do, at a tenth of the price
 #   batch          clips a step and process, after that
+#   muon_lr        learning rate of the weight matrices under Muon, 0: AdamW for everything, as in the paper. From scratch Muon needs
+#                  half of AdamW's steps (README); lr is AdamW's, for all the rest
 #   P_mean, P_std  ln(sigma) ~ N(P_mean, P_std^2). The pretrained U-Net keeps SVD's. From scratch more noise is needed: at low
 #                  noise the noisy target itself tells where the other camera is, and the cross-view attention has nothing to learn
 DEFAULTS = {
-    "tiny": dict(steps=1400, single=0.7, single_batch=32, batch=4, accumulate=1, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01,
-                 warmup=50, ema=0.99, P_mean=1.5, P_std=1.8, checkpointing=False, eval_every=350),
-    "small": dict(steps=12000, single=0.5, single_batch=64, batch=8, accumulate=1, lr=7e-4, betas=(0.9, 0.98), weight_decay=0.01,
-                  warmup=200, ema=0.999, P_mean=1.5, P_std=1.8, checkpointing=False, eval_every=1000),
-    "svd": dict(steps=30000, single=0.0, single_batch=1, batch=1, accumulate=4, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.01,
-                warmup=100, ema=0.0, P_mean=1.0, P_std=1.6, checkpointing=True, eval_every=2500),
+    "tiny": dict(steps=1400, single=0.7, single_batch=32, batch=4, accumulate=1, lr=2e-3, muon_lr=0.02, betas=(0.9, 0.98),
+                 weight_decay=0.01, warmup=30, ema=0.99, P_mean=1.5, P_std=1.8, checkpointing=False, eval_every=350),
+    "small": dict(steps=12000, single=0.5, single_batch=64, batch=8, accumulate=1, lr=1e-3, muon_lr=0.01, betas=(0.9, 0.98),
+                  weight_decay=0.01, warmup=200, ema=0.999, P_mean=1.5, P_std=1.8, checkpointing=False, eval_every=1000),
+    "svd": dict(steps=30000, single=0.0, single_batch=1, batch=1, accumulate=4, lr=1e-5, muon_lr=0.0, betas=(0.9, 0.999),
+                weight_decay=0.01, warmup=100, ema=0.0, P_mean=1.0, P_std=1.6, checkpointing=True, eval_every=2500),
 }
 SINGLE_FRAMES, WHOLE_CLIPS = 0, 1           # the two phases
 NOISE_BUCKETS = (0.1, 1.0, 10.0)            # sigma; the log gives the loss below, between and above these
@@ -151,34 +154,52 @@ def save(path, tensors, **metadata):
     os.replace(partial, path)
 
 
-def training_state(model, average, optimizer):
+def training_state(model, average, optimizers):
     """Every tensor that a resumed run needs, by name. Whatever is random is a function of the step, so no generator is here."""
     tensors = {f"model.{name}": p for name, p in model.state_dict().items()}
     tensors.update({f"average.{name}": p for name, p in average.items()})
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    for name, state in zip(names, optimizer.state_dict()["state"].values()):
-        tensors.update({f"optimizer.{key}.{name}": value for key, value in state.items()})
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            tensors.update({f"optimizer.{key}.{names[p]}": value for key, value in state.items()})
     return tensors
 
 
-def resume(path, model, average, optimizer):
+def resume(path, model, average, optimizers):
     """Put a saved training state back; returns the number of steps it had done."""
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
     try:
         with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
             step = json.loads(file.metadata()["step"])
-        group = lambda prefix: {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
-        model.load_state_dict(group("model."))
-        for name, value in group("average.").items():
-            average[name].copy_(value)
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        state = {i: {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                 for i, name in enumerate(names)}
-    except Exception as error:
-        raise ValueError(f"{path} can't be resumed ({type(error).__name__}: {error}); delete it to start again, or use "
-                         "another --out") from None
-    optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
+            weights = {}
+            for key in file.keys():
+                part, name = key.split(".", 1)
+                value = file.get_tensor(key)
+                if part == "model":
+                    weights[name] = value
+                elif part == "average":
+                    average[name].copy_(value)
+                else:
+                    entry, name = name.split(".", 1)
+                    p = parameters[name]
+                    # AdamW counts its steps on the CPU
+                    owner[p].state[p][entry] = value if entry == "step" else value.to(p.device)
+        model.load_state_dict(weights)
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        message = str(error).splitlines()[0]
+        raise ValueError(f"{path} can't be resumed ({type(error).__name__}: {message}); it belongs to other settings or is damaged: "
+                         "use another --out, or delete it to start again") from None
     return step
+
+
+def cut_log(log_file, step):
+    """Drops the lines that an interrupted run wrote after its last save: those steps are done again."""
+    lines = log_file.read_text().splitlines() if log_file.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= step]
+    partial = log_file.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    os.replace(partial, log_file)
 
 
 def plot_log(log_file, path):
@@ -224,10 +245,12 @@ def parse():
             ("steps", int, "optimiser steps"), ("single", float, "share of them on single frames, at the start"),
             ("single_batch", int, "single-frame samples a step and process"), ("batch", int, "clips a step and process"),
             ("accumulate", int, "batches summed up before a step"), ("lr", float, "peak learning rate"),
+            ("muon_lr", float, "of Muon's matrices; 0: AdamW for all"),
             ("warmup", int, "steps of linear warm-up; cosine to 0 follows"), ("weight_decay", float, "of AdamW"),
             ("ema", float, "decay of the weight average, 0: none"), ("P_mean", float, "mean of ln(sigma)"),
             ("P_std", float, "standard deviation of ln(sigma)"), ("eval_every", int, "steps between evaluations and pictures")]:
-        add(f"--{name}", type=kind, help=f"{text} [{', '.join(f'{preset}: {values[name]}' for preset, values in DEFAULTS.items())}]")
+        values = ", ".join(f"{preset}: {defaults[name]}" for preset, defaults in DEFAULTS.items())
+        add(f"--{name}", type=kind, help=f"{text} [{values}]")
     add("--lambda_3d", type=float, default=1.0, help="weight of the pointmap streams in the loss")
     add("--mask_weight", type=float, default=1.0, help="extra weight of latent cells with a gripper")
     add("--dropout", type=float, default=0.1, help="probability of dropping each condition")
@@ -261,13 +284,16 @@ def parse():
     return args
 
 
-def choose_preset():
-    """The largest preset that this machine trains in reasonable time, and the reason in words."""
-    if not torch.cuda.is_available():
-        return "tiny", "no CUDA GPU here"
-    memory = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
-    name = torch.cuda.get_device_name(0)
-    return ("svd", f"{name}, {memory:.0f} GB") if memory > 44 else ("small", f"{name}, {memory:.0f} GB; svd needs 48")
+def optimizers_of(model, args):
+    """Muon for the matrices that map features to features, AdamW for what embeds the inputs, and for biases, norms and mixers."""
+    inputs = ("token", "unet.conv_in", "unet.time_embedding", "unet.add_embedding")
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_matrix = args.muon_lr and p.ndim > 1 and not name.startswith(inputs) and "time_emb_proj" not in name
+            (matrices if is_matrix else others).append(p)
+    adamw = torch.optim.AdamW(others, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    return [adamw] + ([Muon(matrices, args.muon_lr, momentum=0.95)] if matrices else [])
 
 
 def report(args, model, rank):
@@ -280,7 +306,8 @@ def report(args, model, rank):
     print(f"parameters: encoder and middle {(M.count(model.unet) - decoder_a) / 1e6:.2f} M, decoder A {decoder_a / 1e6:.2f} M, "
           f"decoder B {M.count(model.decoder_b) / 1e6:.2f} M, cross-view attention {M.count(model.cross_view) / 1e6:.2f} M; "
           f"trained {trained / 1e6:.2f} M")
-    states = 4 + bool(args.ema)                     # weights, gradients, two moments, average: fp32 each
+    # weights, gradients, two moments (Muon has one), average: fp32 each
+    states = 4 - bool(args.muon_lr) + bool(args.ema)
     print(f"memory: {4 * states * trained / 2 ** 30:.2f} GB for weights, gradients, optimiser{' and average' * bool(args.ema)}, "
           "plus activations")
     single = single_steps(args)
@@ -362,10 +389,13 @@ def main():
     context = (lambda: torch.autocast(device.type, kind)) if kind else nullcontext
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     parameters = [p for p in raw_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    optimizers = optimizers_of(raw_model, args)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     average = {name: p.detach().clone() for name, p in raw_model.named_parameters()} if args.ema else {}
     resume_file, log_file = out / "resume.safetensors", out / "log.jsonl"
-    step = resume(resume_file, raw_model, average, optimizer) if resume_file.exists() else 0
+    step = resume(resume_file, raw_model, average, optimizers) if resume_file.exists() else 0
+    if rank == 0 and step:
+        cut_log(log_file, step)
     model = raw_model
     if world > 1:
         model = DistributedDataParallel(raw_model, device_ids=[local] if device.type == "cuda" else None)
@@ -404,7 +434,7 @@ def main():
                     vae=os.path.relpath(args.vae, out), step=step, task=args.task, seed=args.seed)
         (out / "model.json.partial").write_text(json.dumps(info, indent=1))
         os.replace(out / "model.json.partial", out / "model.json")
-        save(resume_file, training_state(raw_model, average, optimizer), step=step)
+        save(resume_file, training_state(raw_model, average, optimizers), step=step)
 
     def evaluate_average():
         """Held-out scores and a sample picture, with the averaged weights in the model for as long as it takes."""
@@ -440,9 +470,9 @@ def main():
     while step < last:
         started = time.time()
         warm, done = min(1.0, (step + 1) / args.warmup), step / args.steps
-        lr = args.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        schedule = warm * 0.5 * (1 + math.cos(math.pi * done))
+        for optimizer, peak in zip(optimizers, peaks):
+            optimizer.param_groups[0]["lr"] = peak * schedule
 
         total = 0.0
         for micro in range(args.accumulate):
@@ -475,11 +505,13 @@ def main():
         if not math.isfinite(total):
             raise ValueError(f"the loss is {total} at step {step}: lower --lr, or use --precision fp32; {resume_file} holds the "
                              "last good state")
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad).item()
-        scaler.step(optimizer)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         step += 1
         decay = min(args.ema, (1 + step) / (10 + step))         # a young average forgets the random start quickly
         for name, p in raw_model.named_parameters():
@@ -489,7 +521,7 @@ def main():
         progress.update()
         progress.set_postfix(loss=f"{total:.3f}")
         if step % 20 == 0 or step == last:
-            log(step=step, loss=round(total, 5), lr=lr, grad_norm=round(norm, 4), seconds=round(time.time() - started, 3),
+            log(step=step, loss=round(total, 5), lr=args.lr * schedule, grad_norm=round(norm, 4), seconds=round(time.time() - started, 3),
                 **{name: round(float(np.mean(values)), 5) for name, values in buckets.items()})
             buckets = {}
         if step % args.save_every == 0 or step == last:
