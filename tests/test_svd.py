@@ -7,7 +7,6 @@ with them directly on every run.
 import gzip
 import json
 import os
-import pickle
 import subprocess
 import sys
 import zipfile
@@ -218,6 +217,42 @@ def test_load_layouts(tmp_path):
     assert same_weights(UNet.from_pretrained(tmp_path / 'shards'), full, torch.float32)
 
 
+LOAD_ALONE = """
+import json, pathlib, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+import model
+def memory(field):
+    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(field)) * 1024
+torch.zeros(9, 9) @ torch.zeros(9, 9)
+before = memory('VmRSS')
+preset = model.Preset('', 0, 0, unet=json.loads(pathlib.Path(sys.argv[2], 'unet/config.json').read_text()), vae={}, clip={})
+full = model.Model4D.from_pretrained(preset, sys.argv[2], getattr(torch, sys.argv[3]))
+weights = sum(p.nbytes for p in full.parameters())
+print((memory('VmHWM') - before) / weights, weights)
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='peak memory is read from /proc')
+@pytest.mark.parametrize('stored, wanted', [(torch.float32, 'bfloat16'), (torch.float16, 'float16')])
+def test_load_holds_one_copy(tmp_path, stored, wanted):
+    """Peak memory of loading the whole 4D model is its weights plus one tensor, whatever the dtypes. NANO4DGEN_FULL=1: at the
+    full 2.40 B parameters (needs 7 GB of disk and of memory)."""
+    config = PRESETS['svd'].unet
+    if not os.environ.get('NANO4DGEN_FULL'):
+        config = dict(config, block_out_channels=[96, 192, 384, 384], num_attention_heads=[3, 6, 12, 12])
+    with torch.device('meta'):
+        unet = UNet.from_config(config)
+    write_hub(tmp_path / 'unet', {key: torch.ones(value.shape, dtype=stored) for key, value in unet.state_dict().items()},
+              config=config)
+    done = subprocess.run([sys.executable, '-c', LOAD_ALONE, str(Path(model.__file__).parent), str(tmp_path), wanted],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ratio, size = map(float, done.stdout.split())
+    print(f'{size / 1e9:.2f} GB of weights, peak {ratio:.3f} times that')
+    assert ratio < 1.15
+
+
 def test_load_image_encoder_and_vae(tmp_path):
     from vae import VAE
     clip = filled(CLIPImageEncoder.from_config(CONFIGS['clip'])).float()
@@ -261,6 +296,11 @@ def test_load_broken_files(tmp_path):
     whole = path.read_bytes()
     for size in (len(whole) - 100, 1000, 5, 0):
         path.write_bytes(whole[:size])
+        with pytest.raises(ValueError) as error:
+            UNet.from_pretrained(tmp_path)
+        assert one_line(error, str(path), 'damaged')
+    for damage in (b'\xff' * 8 + whole[8:], whole[:8] + b'[1]' + whole[11:], whole.replace(b'F32', b'X32', 1), os.urandom(5000)):
+        path.write_bytes(damage)
         with pytest.raises(ValueError) as error:
             UNet.from_pretrained(tmp_path)
         assert one_line(error, str(path), 'damaged')
