@@ -119,15 +119,16 @@ def test_one_batch_overfits(stage_one):
     x_0 = (x_0 - x_0.mean()) / x_0.std()
     sigma = torch.full((2,), 20.0)
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    optimizers = T.optimizers_of(model, Rates)
     still = torch.zeros(x_0.shape[0], 2, 1, *x_0.shape[-2:], dtype=torch.bool)
     losses = []
     for _ in range(60):
         D_x = model(x_0 + sigma[0] * noise, sigma, cond, None, item["frame_index"])
         loss = T.diffusion_loss(D_x, x_0, sigma, still, torch.ones(still.shape), 1.0, 1.0)[0].mean()
-        optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
 
