@@ -43,7 +43,7 @@ VOXEL = 0.02                # m, of the search
 HYPOTHESES = 24             # that survive the search and enter ICP
 SHELL = 0.03                # m, so far outside the hand there is nothing
 EVENT = 0.006               # m, the fingers' way beyond which they have closed or opened
-MIN_AGREE, MIN_RATIO = 30, 2.5  # of a pose that is believed: model points that agree, and agree / contradict
+MIN_AGREE, MIN_RATIO, MIN_SCORE = 100, 3, 0.2  # of a pose that is believed: model points that agree; agree / contradict; score a point
 HALF_TURN = np.diag([-1.0, -1.0, 1.0, 1.0])  # about the approach axis: it maps the hand onto itself, fingers swapped
 
 
@@ -407,10 +407,11 @@ def fit_opening(model, scene, cloud, pose, before):
     body.points, body.normals, body.slide, body.shell = (x[finger] for x in (model.points, model.normals, model.slide, model.shell))
     tried = np.append(np.linspace(0, STROKE, 17), before)
     seen = compare(body, scene, np.repeat(pose[None], len(tried), 0), tried)
-    score, agree, contradict = evidence(seen)
-    if (agree + contradict).max() < 8:
-        return before, 0.0
+    seen.still[:] = False                                 # a finger may well touch scenery
+    score, agree, _ = evidence(seen)
     best = np.argmax(score)
+    if agree[best] < 8:
+        return before, 0.0
     opening = tried[best]
     along = np.einsum("ni,i->n", model.normals[finger] @ pose[:3, :3].T, pose[:3, 1]) * body.slide   # n . d(point)/d(opening)
     shown = (seen.visible[best] & (np.abs(seen.gap[best]) < 0.02)).any(0)
@@ -528,10 +529,13 @@ def mask_score(model, scene, cloud, poses, opening):
     return score - 300 * (away > 0.015).mean(1)
 
 
-def believed(model, scene, pose, opening):
-    """Whether render-and-compare bears a pose out, and with how many points: (bool, score, agree, contradict)."""
-    score, agree, contradict = (x[0] for x in evidence(compare(model, scene, pose[None], [opening], shell=True)))
-    return agree >= MIN_AGREE and agree >= MIN_RATIO * contradict, score, agree, contradict
+def believed(model, scene, pose, opening, anew=False):
+    """Whether render-and-compare bears a pose out: (bool, score, agree). `anew`, after a loss, asks for twice as much."""
+    seen = compare(model, scene, pose[None], [opening], shell=True)
+    score, agree, contradict = (x[0] for x in evidence(seen))
+    in_view = (seen.visible & ~(seen.gap < -AGREE)).sum()
+    sure = agree >= MIN_AGREE * (1 + anew) and agree >= MIN_RATIO * contradict * (1 + anew) and score > MIN_SCORE * (1 + anew) * in_view
+    return sure, score, agree
 
 
 def track_one(model, scene, state, dt):
@@ -541,7 +545,7 @@ def track_one(model, scene, state, dt):
     did, everything in reach. Returns a new state; where nothing is borne out, `lost` is true and the pose is held.
     """
     ahead = state.pose @ state.motion
-    radius = min(MAX_SPEED * dt * (1 + state.missed), 0.6)
+    radius = min(MAX_SPEED * dt * (1 + state.missed), 0.45)
     lost = SimpleNamespace(**{**vars(state), "lost": True, "missed": state.missed + 1, "motion": np.eye(4), "fitness": 0.0,
                               "inlier_rmse": np.nan, "fingers": 0.0})
     cloud = nearby(scene, state.pose[:3, 3], radius + model.reach, 6000)
@@ -560,7 +564,7 @@ def track_one(model, scene, state, dt):
     cost = np.min([travel(poses, guess) for guess in guesses], axis=0)
     best = np.argmax(score - cost)
     pose, opening, fingers, fitness, rmse, view_weight = polish(model, scene, cloud, poses[best], openings[best])
-    sure, score, agree, _ = believed(model, scene, pose, opening)
+    sure, score, agree = believed(model, scene, pose, opening, state.missed > 0)
     if not sure:
         return lost
     return SimpleNamespace(pose=pose, motion=np.eye(4) if state.missed else invert(state.pose) @ pose, opening=opening, score=score,
@@ -627,10 +631,13 @@ def track(prediction, init="auto", model=None, progress=False):
     for a in range(A):
         known = np.isfinite(poses[a]).all()
         state = first_state(poses[a] if known else np.eye(4), openings[a])
-        state.lost, state.gone = not known, not known
+        state.lost = state.gone = not known
         models.append(add_mount(model, observed, state.pose, state.opening) if known and np.any(model.slide) else model)
         if known:
             here |= silhouette(model, observed, state.pose, state.opening)
+            sure, _, state.agree = believed(models[a], observed, state.pose, state.opening)
+            state.lost = not sure                         # the pose is known, but no view shows the hand
+            state.missed = int(not sure)
         states.append(state)
     if masks is not None:
         here |= masks.any(1)
@@ -743,3 +750,146 @@ def episode_prediction(folder, cameras, stride=None, start=0, frames=None):
                 observed_object=label[:, 0] == OBJECT, observed_gripper_in_ref=grippers[0],
                 observed_opening=episode.gripper_opening[times[0]], fps=episode.rate_hz / stride, ref_in_world=invert(world_in_ref),
                 true_gripper_in_ref=grippers, true_opening=episode.gripper_opening[times])
+
+
+def object_prediction(p, mesh, pose_file=None):
+    """The prediction with `--object`'s mask or pose in the gripper's place, and the mesh as a model with one rigid body."""
+    vertices, faces = load_mesh(mesh)
+    p = {key: value for key, value in p.items() if key not in ("observed_gripper", "observed_gripper_in_ref", "observed_opening",
+                                                               "true_gripper_in_ref", "true_opening")}
+    if pose_file:
+        pose = np.loadtxt(pose_file)
+        if pose.shape != (4, 4):
+            raise ValueError(f"--object_pose {pose_file}: shape {pose.shape}, expected four lines of four numbers (object_in_ref)")
+        p |= dict(observed_gripper_in_ref=pose[None], observed_opening=np.zeros(1))
+    elif "observed_object" in p:
+        p["observed_gripper"] = p["observed_object"][:, None]
+    else:
+        raise ValueError("--object needs its first pose (--object_pose FILE) or a prediction with masks 'observed_object' (V,H,W)")
+    return p, make_model([(vertices, faces, 0.0)], [800])
+
+
+def load_extrinsics(path):
+    """--extrinsics: an npz with ref_in_world (4,4), the reference camera's pose at the observed frame."""
+    with np.load(path, allow_pickle=False) as file:
+        if "ref_in_world" not in file or file["ref_in_world"].shape != (4, 4):
+            raise ValueError(f"--extrinsics {path}: an array 'ref_in_world' of shape (4,4) is needed")
+        return file["ref_in_world"]
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+COLORS = np.array([[255, 120, 0], [0, 150, 255]])
+
+
+def overlay(path, p, trajectory, model):
+    """A gif: every frame of every view with the tracked hand's outline, orange right, blue left, grey where it is lost."""
+    frames = []
+    rgb = np.concatenate([p["observed_rgb"][:, None], p["rgb"]], 1)
+    H, W = rgb.shape[2:4]
+    scale = max(1, round(256 / H))
+    large = p["intrinsics"].copy()
+    large[:, :2] *= scale
+    large[:, :2, 2] += (scale - 1) / 2                    # pixel centres are at integers
+    big = SimpleNamespace(depth=np.zeros((len(rgb), H * scale, W * scale)), intrinsics=large, ref_in_view=invert(p["view_in_ref"]))
+    for t in range(rgb.shape[1]):
+        picture = rgb[:, t].repeat(scale, 1).repeat(scale, 2)
+        for a in range(trajectory["lost"].shape[1]):
+            pose = trajectory["gripper_in_ref"][t, a]
+            if np.isfinite(pose).all():
+                mask = silhouette(model, big, pose, trajectory["opening"][t, a])
+                edge = mask & ~np.stack([binary_dilation(~m, iterations=2) == 0 for m in mask])
+                picture[edge] = (128, 128, 128) if trajectory["lost"][t, a] else COLORS[a % 2]
+        frames.append(np.concatenate(list(picture), 1))
+    imageio.imwrite(path, frames, duration=500, loop=0)
+    return frames
+
+
+def plot(path, p, trajectory):
+    """A png: position and opening of every hand over time, the truth dashed where it is known, lost frames grey."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    A = trajectory["lost"].shape[1]
+    time = np.arange(len(trajectory["lost"])) / p["fps"]
+    figure, axes = plt.subplots(2, A, figsize=(6 * A, 6), sharex=True, squeeze=False, layout="constrained")
+    for a in range(A):
+        for i, name in enumerate("xyz"):
+            line, = axes[0, a].plot(time, trajectory["gripper_in_ref"][:, a, i, 3], "o-", label=name, markersize=3)
+            if "true_gripper_in_ref" in p:
+                axes[0, a].plot(time, p["true_gripper_in_ref"][:len(time), a, i, 3], "--", color=line.get_color())
+        axes[1, a].plot(time, 1000 * trajectory["opening"][:, a], "o-k", markersize=3)
+        if "true_opening" in p:
+            axes[1, a].plot(time, 1000 * p["true_opening"][:len(time), a], "--k")
+        axes[1, a].fill_between(time, 0, 80, where=trajectory["closed"][:, a], step="mid", alpha=0.15, label="closed")
+        for t in time[trajectory["lost"][:, a]]:
+            for axis in axes[:, a]:
+                axis.axvspan(t - 0.4 / p["fps"], t + 0.4 / p["fps"], color="0.8", lw=0)
+        axes[0, a].set(title=f"hand {a} ({('right', 'left')[a % 2]}); grey: lost; dashed: truth", ylabel="gripper_in_ref, m")
+        axes[1, a].set(xlabel="time, s", ylabel="opening, mm", ylim=(-3, 85))
+        axes[0, a].legend()
+        axes[1, a].legend()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def report(p, trajectory):
+    """What was tracked, and how far off where the truth is known."""
+    for a in range(trajectory["lost"].shape[1]):
+        lost = trajectory["lost"][:, a]
+        line = f"hand {a}: {len(lost) - lost.sum()} of {len(lost)} frames tracked"
+        if lost.any():
+            line += f", lost at {np.flatnonzero(lost).tolist()}"
+        if "symmetry_score" in trajectory:
+            line += ", scores of the two half turns {:.0f} and {:.0f}".format(*trajectory["symmetry_score"][a])
+        if "true_gripper_in_ref" in p and (~lost).any():
+            true, got = p["true_gripper_in_ref"][:, a][~lost], trajectory["gripper_in_ref"][:, a][~lost]
+            shift = np.linalg.norm(got[:, :3, 3] - true[:, :3, 3], axis=1)
+            cosine = ((true[:, :3, :3] * got[:, :3, :3]).sum((1, 2)) - 1) / 2
+            width = np.abs(trajectory["opening"][:, a] - p["true_opening"][:, a])[~lost]
+            line += (f"; median error {1000 * np.median(shift):.1f} mm, {np.degrees(np.arccos(np.median(cosine).clip(-1, 1))):.1f} degrees, "
+                     f"opening {1000 * np.median(width):.1f} mm")
+        print(line)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prediction", help="prediction.npz of sample.py")
+    source.add_argument("--episode", help="a packed episode of data.py: its true pointmaps are tracked")
+    parser.add_argument("--cameras", type=int, nargs="+", default=[12, 13], help="of --episode, counted from 0, the reference first")
+    parser.add_argument("--stride", type=int, help="of --episode, recorded frames a step [what makes 2 Hz]")
+    parser.add_argument("--init", choices=("auto", "pose", "mask"), default="auto", help="first frame from the robot's own pose or from masks")
+    parser.add_argument("--hand", help="mesh of the hand without fingers, metres, hand frame [built-in]")
+    parser.add_argument("--finger", help="mesh of the left finger at opening 0, metres, hand frame [built-in]")
+    parser.add_argument("--object", help="mesh of another rigid thing to be tracked instead, metres")
+    parser.add_argument("--object_pose", help="text file, 4 x 4 object_in_ref at the observed frame [from its mask]")
+    parser.add_argument("--extrinsics", help="npz with ref_in_world (4,4): adds gripper_in_world")
+    parser.add_argument("--out", help="folder [beside the prediction, or runs/track for an episode]")
+    args = parser.parse_args()
+    if args.episode:
+        p = episode_prediction(args.episode, args.cameras, args.stride)
+    else:
+        p = load_prediction(args.prediction)
+    out = Path(args.out or (Path(args.prediction).parent if args.prediction else "runs/track"))
+    if args.object:
+        p, model = object_prediction(p, args.object, args.object_pose)
+    else:
+        model = hand_model(args.hand, args.finger)
+    trajectory = track(p, args.init, model, progress=sys.stderr.isatty())
+    if args.extrinsics:
+        trajectory["gripper_in_world"] = load_extrinsics(args.extrinsics) @ trajectory["gripper_in_ref"]
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez(out / "trajectory.partial.npz", **trajectory)
+    (out / "trajectory.partial.npz").rename(out / "trajectory.npz")
+    report(p, trajectory)
+    overlay(out / "overlay.gif", p, trajectory, model)
+    plot(out / "path.png", p, trajectory)
+    print(f"{out}/trajectory.npz, overlay.gif, path.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"track.py: {error}")
