@@ -842,6 +842,12 @@ def shift(a_in_b, offset):
     return pose(a_in_b[:3, 3] + offset, a_in_b[:3, :3])
 
 
+def between(a, b, s):
+    """The pose a share s of the way from pose a to pose b: along a line, turning about one axis."""
+    turning = Rotation.from_matrix(b[:3, :3] @ a[:3, :3].T).as_rotvec()
+    return pose(a[:3, 3] + s * (b[:3, 3] - a[:3, 3]), Rotation.from_rotvec(s * turning).as_matrix() @ a[:3, :3])
+
+
 def stretch(start, end, side):
     """Pose at `start` with z towards `end`, and its x axis near `side`."""
     z = (end - start) / np.linalg.norm(end - start)
@@ -931,7 +937,7 @@ def cereal_scene(draw):
             (0.3, {0: (put, SHUT)}),                                            # place
             (0.4, {0: (put, OPEN)}),                                            # release
             (0.6, {0: (shift(put, back_off), OPEN)}),                           # retreat
-            (0.6, {0: (home, OPEN)})]
+            (0.6, {0: (between(shift(put, back_off), home, 0.5), OPEN)})]
 
     def done(object_in_world):
         x, y, z = transform(object_in_world[:3, 3], invert(shelf))
@@ -973,7 +979,7 @@ def spatula_scene(draw):
             (0.7, {0: (put, SHUT)}),                                            # place
             (0.4, {0: (put, OPEN)}),                                            # release
             (0.6, {0: (shift(put, 0.14 * UP), OPEN)}),                          # retreat
-            (0.6, {0: (home, OPEN)})]
+            (0.7, {0: (between(put, home, 0.6), OPEN)})]
 
     def done(object_in_world):
         lies = abs(object_in_world[2, 2]) < 0.2 and object_in_world[2, 3] < 0.02
@@ -1047,12 +1053,6 @@ def room(draw):
     vertices, faces = box((6, 6, 3), (0, 0, 0.75))
     return [(Body((vertices, faces[:, ::-1]), floor), np.eye(4)),               # inside out: seen from within
             (Body(box((1.25, 1.7, 0.05), (-0.1, 0, -0.025)), top), np.eye(4))]
-
-
-def between(a, b, s):
-    """The pose a share s of the way from pose a to pose b: along a line, turning about one axis."""
-    turning = Rotation.from_matrix(b[:3, :3] @ a[:3, :3].T).as_rotvec()
-    return pose(a[:3, 3] + s * (b[:3, 3] - a[:3, 3]), Rotation.from_rotvec(s * turning).as_matrix() @ a[:3, :3])
 
 
 def minimum_jerk(keys, draw):
