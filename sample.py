@@ -177,8 +177,8 @@ def to_prediction(observed_rgb, observed_depth, intrinsics, rgb, points):
     """prediction.npz's arrays from one sample.
 
     observed_rgb (V, H, W, 3) uint8, observed_depth (V, H, W) m, intrinsics (V, 3, 3), rgb (V, T, 3, H, W) in [-1, 1], points
-    (V, T, 3, H, W) m in the reference frame. `valid` is where the prediction is a surface: the model puts what it takes for
-    invalid on the plane z = FAR of the view's own camera, which the recovered pose makes visible.
+    (V, T, 3, H, W) m in the reference frame. `valid` is where the prediction lies in front of the view's own camera, as the
+    recovered pose has it, and nearer than FAR: the model has seen no truth beyond, and pixels without depth were put there.
     """
     prediction = dict(rgb=((rearrange(rgb, "v t c h w -> v t h w c") + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy(),
                       intrinsics=intrinsics, observed_rgb=observed_rgb, observed_depth=observed_depth.astype(np.float32),

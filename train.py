@@ -40,7 +40,7 @@ from tqdm import tqdm
 import data as D
 import model as M
 import sample as S
-from vae import Muon, choose_preset
+from vae import Muon, Stop, choose_preset
 
 # What a preset trains with, unless a flag says otherwise.
 #   steps          optimiser steps
@@ -259,7 +259,7 @@ def parse():
     add("--checkpointing", type=int, choices=[0, 1], help="recompute activations to save memory [svd: 1, others: 0]")
     add("--save_every", type=int, default=200, help="steps between saves")
     add("--eval_clips", type=int, default=16, help="held-out clips of an evaluation")
-    add("--workers", type=int, default=0, help="processes that load clips")
+    add("--workers", type=int, help="processes that load clips [CPU: 0, GPU: 4]")
     add("--seed", type=int, default=0, help="of weights, clips and noise")
     add("--stop_after", type=int, help="stop at this step as if interrupted (the schedule is that of --steps)")
     add("--dry_run", action="store_true", help="print the resolved settings and sizes, then stop")
@@ -274,6 +274,9 @@ def parse():
     args.vae = args.vae or args.out
     args.init = args.init or ("hub" if args.preset == "svd" else "scratch")
     args.init = M.SVD_REPO if args.init == "hub" else args.init
+    if (args.init == "scratch") == (args.preset == "svd"):
+        raise ValueError(f"--preset {args.preset} with --init {args.init}: svd starts from published weights (hub, or a folder in "
+                         "the hub's layout), the other presets from scratch")
     for name in ("steps", "batch", "single_batch", "accumulate", "eval_every", "save_every", "eval_clips"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
@@ -383,6 +386,9 @@ def main():
                                               rgb_only=args.rgb_only)
     raw_model.checkpointing = bool(args.checkpointing)
     report(args, raw_model, rank)
+    torch.set_float32_matmul_precision("high")
+    if args.workers is None:
+        args.workers = 0 if device.type == "cpu" else 4
     if args.precision == "auto":
         args.precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
@@ -405,7 +411,7 @@ def main():
     size = preset.height, preset.width
     clips = lambda split, **options: D.Clips(args.data, split, size, args.views, seed=args.seed, **options)
     train_sets = {SINGLE_FRAMES: clips("train", single=True), WHOLE_CLIPS: clips("train")}
-    held_out = torch.utils.data.DataLoader(clips("test", length=args.eval_clips), batch_size=min(4, args.eval_clips))
+    held_out = torch.utils.data.DataLoader(clips("test", length=args.eval_clips), batch_size=min(args.batch, args.eval_clips))
 
     def batches(first):
         """Loaded micro-batches from step `first` on: single frames, then clips."""
@@ -465,9 +471,10 @@ def main():
         print(f"training {args.preset} on {device} in {args.precision}, step {step} to {last}; everything is written to {out}/")
     raw_model.train()
     loader = batches(step)
+    stop = Stop()                                               # becomes true at Ctrl-C and SIGTERM
     buckets = {}                                                # noise level -> losses since the last line of the log
     progress = tqdm(total=args.steps, initial=step, disable=rank != 0, unit="step", desc="train")
-    while step < last:
+    while step < last and not stop.asked:
         started = time.time()
         warm, done = min(1.0, (step + 1) / args.warmup), step / args.steps
         schedule = warm * 0.5 * (1 + math.cos(math.pi * done))
@@ -524,12 +531,15 @@ def main():
             log(step=step, loss=round(total, 5), lr=args.lr * schedule, grad_norm=round(norm, 4), seconds=round(time.time() - started, 3),
                 **{name: round(float(np.mean(values)), 5) for name, values in buckets.items()})
             buckets = {}
-        if step % args.save_every == 0 or step == last:
+        if step % args.save_every == 0 or step == last or stop.asked:
             write_checkpoint()
         if step % args.eval_every == 0 or step == args.steps:
             evaluate_average()
     progress.close()
-    if rank == 0:
+    stop.restore()
+    if rank == 0 and step < args.steps:
+        print(f"stopped at step {step}; the same command goes on from there")
+    elif rank == 0:
         print(f"done: {out}/model.safetensors, {out}/loss.png, {out}/sheet_{step:06d}.png; next: python sample.py --task {args.task} "
               f"--run {out}")
     if world > 1:

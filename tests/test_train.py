@@ -194,6 +194,19 @@ def test_killed_at_any_moment_it_leaves_something_to_go_on_from(stage_one, tmp_p
         S.load_run(tmp_path)
 
 
+def test_ctrl_c_saves_and_the_same_command_goes_on(stage_one, tmp_path):
+    data, vae = stage_one
+    command = [sys.executable, "-u", ROOT / "train.py", "--data", data, "--vae", vae, "--out", tmp_path, *TINY, "--steps", "400"]
+    process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "step 0 to 400" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert "the same command goes on from there" in output and "Traceback" not in errors
+    assert 0 < json.loads((tmp_path / "model.json").read_text())["step"] < 400
+
+
 def test_sample_command_runs_on_what_training_left(stage_one, whole_run, tmp_path):
     data, _ = stage_one
     result = subprocess.run([sys.executable, ROOT / "sample.py", "--run", whole_run, "--data", data, "--steps", "2", "--out", tmp_path / "s",
@@ -225,6 +238,7 @@ def test_dry_run_prints_and_writes_nothing(stage_one, tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     (["--steps", "0"], "--steps must be at least 1"), (["--single", "2"], "--single is a share"),
+    (["--init", "hub"], "from scratch"), (["--preset", "svd", "--init", "scratch"], "published weights"),
     (["--views", "1"], "--views must be at least 2"), (["--mv_attention", "rgb"], "rgb_only"),
 ])
 def test_wrong_flags_are_named(stage_one, tmp_path, arguments, says):
