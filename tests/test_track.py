@@ -1,0 +1,249 @@
+"""The tracker on problems with a known answer: clouds moved by a known motion, and a rendered hand on a known path."""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+import data
+import track
+
+SCRIPT = Path(track.__file__)
+SIZE = 96, 120
+FRAMES = 7
+
+
+def motion(degrees, shift, axis=(0.3, -0.5, 0.8)):
+    axis = np.array(axis) / np.linalg.norm(axis)
+    return track.rigid(Rotation.from_rotvec(np.radians(degrees) * axis).as_matrix()[None], np.array(shift, float)[None])[0]
+
+
+def angle(a, b):
+    cosine = (np.einsum("...ij,...ij->...", a[..., :3, :3], b[..., :3, :3]) - 1) / 2
+    return np.degrees(np.arccos(cosine.clip(-1, 1)))
+
+
+def distance(a, b):
+    return np.linalg.norm(a[..., :3, 3] - b[..., :3, 3], axis=-1)
+
+
+def bumpy(count, seed):
+    """Points and normals of an ellipsoid with three different axes: no rotation maps it onto itself but half turns."""
+    p = np.random.default_rng(seed).standard_normal((count, 3))
+    p /= np.linalg.norm(p, axis=1, keepdims=True)
+    axes = np.array([0.10, 0.07, 0.05])
+    normal = p / axes
+    return p * axes, normal / np.linalg.norm(normal, axis=1, keepdims=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- ICP
+
+@pytest.mark.parametrize("planes", ["none", "target", "source"])
+def test_icp_recovers_the_motion_that_was_put_in(planes):
+    target, normals = bumpy(1500, 0)
+    truth = motion(4, (0.004, -0.003, 0.002))
+    source = data.transform(target, data.invert(truth))
+    kwargs = dict(target=dict(target_normals=normals), none={}, source=dict(source_normals=normals @ truth[:3, :3]))[planes]
+    got, fitness, rmse = track.icp(source, target, max_correspondence_distance=0.03, max_iteration=200, tolerance=1e-10, **kwargs)
+    assert distance(got, truth) < 1e-5 and angle(got, truth) < 1e-2
+    assert fitness == 1 and rmse < 1e-5
+
+
+def test_icp_resampled_with_outliers_and_many_starts():
+    target, normals = bumpy(3000, 0)
+    source, _ = bumpy(800, 1)
+    truth = motion(5, (0.003, 0.004, -0.002))
+    source = data.transform(source, data.invert(truth))
+    junk = np.random.default_rng(2).uniform(-0.2, 0.2, (200, 3))
+    starts = np.stack([motion(d, (s, 0, 0)) for d in (0, 10) for s in (0, 0.01)])
+    got, fitness, rmse = track.icp(np.concatenate([source, junk]), target, normals, starts, 0.02, 60, trim=0.95)
+    assert got.shape == (4, 4, 4) and fitness.shape == rmse.shape == (4,)
+    assert distance(got, truth).max() < 1e-3 and angle(got, truth).max() < 0.5
+    assert 0.75 < fitness.min() and fitness.max() < 0.9          # 800 of 1000 points lie on the target, and a few by chance
+    one, _, _ = track.icp(np.concatenate([source, junk]), target, normals, starts[0], 0.02, 60, trim=0.95)
+    assert np.abs(one - got[0]).max() < 1e-4                     # a batch is its members
+
+
+def test_kabsch_ignores_points_of_weight_zero():
+    source, _ = bumpy(50, 0)
+    truth = motion(70, (0.3, 0.2, -0.1))
+    target = data.transform(source, truth)
+    target[:10] += 1
+    weight = np.r_[np.zeros(10), np.ones(40)]
+    assert np.abs(track.kabsch(source[None], target[None], weight[None])[0] - truth).max() < 1e-12
+
+
+def test_icp_refuses_empty_clouds():
+    with pytest.raises(ValueError, match="neither empty"):
+        track.icp(np.zeros((0, 3)), np.ones((5, 3)))
+
+
+# ------------------------------------------------------------------------------------------------- a rendered hand
+
+def look_at(position):
+    return data.look_at(np.array(position, float), np.array([0.0, 0.0, 0.12]))
+
+
+CAMERAS = np.stack([look_at((0.75, -0.35, 0.75)), look_at((0.55, 0.6, 0.7))])
+INTRINSICS = np.tile([[[100, 0, (SIZE[1] - 1) / 2], [0, 100, (SIZE[0] - 1) / 2], [0, 0, 1.0]]], (2, 1, 1))
+
+
+def path():
+    """Seven frames at 2 Hz: the hand points down, moves by up to 12 cm and 20 degrees a frame, closes and opens again."""
+    down = Rotation.from_euler("xyz", [180, 0, 20], degrees=True).as_matrix()
+    x = [0.0, 0.04, 0.12, 0.12, 0.10, 0.0, -0.1]
+    z = [0.30, 0.28, 0.24, 0.20, 0.26, 0.28, 0.30]
+    turn = [0, 5, 20, 30, 30, 20, 0]
+    rotation = np.stack([Rotation.from_euler("zx", [t, t / 3], degrees=True).as_matrix() @ down for t in turn])
+    return (track.rigid(rotation, np.stack([x, np.linspace(-0.05, 0.1, FRAMES), z], 1)),
+            np.array([0.078, 0.078, 0.078, 0.03, 0.03, 0.07, 0.078]))
+
+
+def film(poses, openings):
+    """Depth (V,F,H,W) m and gripper masks of the built-in hand, an arm above it, and a table."""
+    model = track.hand_model()
+    arm = data.box((0.09, 0.09, 0.3), (0, 0, -0.16))
+    table = data.box((2, 2, 0.02), (0, 0, -0.01))
+    faces = np.concatenate([model.faces, arm[1] + len(model.vertices), table[1] + len(model.vertices) + len(arm[0])])
+    depth, mask = [], []
+    for pose, opening in zip(poses, openings):
+        hand = model.vertices.copy()
+        hand[:, 1] += opening * model.vertex_slide
+        world = np.concatenate([data.transform(hand, pose), data.transform(arm[0], pose), table[0]])
+        z, face = data.rasterize(np.stack([data.transform(world, data.invert(c)) for c in CAMERAS]), faces, INTRINSICS, *SIZE)
+        depth.append(z)
+        mask.append((face >= 0) & (face < len(model.faces)))
+    return np.stack(depth, 1), np.stack(mask, 1)
+
+
+@pytest.fixture(scope="module")
+def video():
+    poses, openings = path()
+    depth, mask = film(poses, openings)
+    world_in_ref = data.invert(CAMERAS[0])
+    view_in_ref = world_in_ref @ CAMERAS
+    own, valid = data.point_maps(depth, INTRINSICS[:, None])
+    points = data.transform(own, view_in_ref).astype(np.float32)
+    grippers = (world_in_ref @ poses)[:, None]
+    return dict(points=points[:, 1:], valid=valid[:, 1:], intrinsics=INTRINSICS, view_in_ref=view_in_ref, fps=2.0,
+                observed_depth=depth[:, 0], observed_gripper=mask[:, 0][:, None], observed_gripper_in_ref=grippers[0],
+                observed_opening=openings[:1], rgb=np.zeros((2, FRAMES - 1, *SIZE, 3), np.uint8),
+                true_gripper_in_ref=grippers, true_opening=openings[:, None])
+
+
+@pytest.fixture(scope="module")
+def tracked(video):
+    return track.track(video)
+
+
+def test_path_and_opening(video, tracked):
+    truth = video["true_gripper_in_ref"]
+    assert not tracked["lost"].any()
+    assert np.median(distance(tracked["gripper_in_ref"], truth)) < 0.003 and distance(tracked["gripper_in_ref"], truth).max() < 0.01
+    assert np.median(angle(tracked["gripper_in_ref"], truth)) < 2 and angle(tracked["gripper_in_ref"], truth).max() < 5
+    assert np.abs(tracked["opening"] - video["true_opening"]).max() < 0.008
+    assert tracked["closed"][:, 0].tolist() == [False, False, False, True, True, False, False]
+
+
+def test_motion_is_in_the_grippers_own_frame(video, tracked):
+    """Executed from the first pose it gives the path, in whatever frame that pose is written: no calibration is needed."""
+    world = motion(50, (1, 2, 3))
+    first = world @ tracked["gripper_in_ref"][0]
+    assert np.abs(first @ tracked["gripper_motion"] - world @ tracked["gripper_in_ref"][1:]).max() < 1e-9
+
+
+def test_one_view_is_enough(video):
+    per_view = ("points", "valid", "intrinsics", "view_in_ref", "observed_depth", "observed_gripper")
+    alone = track.track({**video, **{key: video[key][:1] for key in per_view}})
+    off = distance(alone["gripper_in_ref"], video["true_gripper_in_ref"])
+    assert np.median(off) < 0.005 and (off[~alone["lost"]] < 0.02).all()
+
+
+def test_a_missing_hand_is_lost_and_found_again(video):
+    near = np.linalg.norm(video["points"] - video["true_gripper_in_ref"][1:, 0, None, None, :3, 3], axis=-1) < 0.25
+    gone = np.zeros_like(video["valid"])
+    gone[:, 2:4] = near[:, 2:4]
+    result = track.track({**video, "valid": video["valid"] & ~gone})
+    assert result["lost"][:, 0].tolist() == [False, False, False, True, True, False, False]
+    assert np.array_equal(result["gripper_in_ref"][4], result["gripper_in_ref"][2])     # held, not guessed
+    assert distance(result["gripper_in_ref"], video["true_gripper_in_ref"])[5:].max() < 0.01
+
+
+def test_first_pose_from_the_mask(video):
+    own, valid = data.point_maps(video["observed_depth"], video["intrinsics"])
+    scene = track.make_scene(data.transform(own, video["view_in_ref"]), valid, video["intrinsics"], video["view_in_ref"])
+    poses, opening, scores = track.register(track.hand_model(), scene, video["observed_gripper"][:, 0])
+    truth = video["true_gripper_in_ref"][0, 0]
+    assert scores[0] >= scores[1]
+    errors = [(distance(p, t), angle(p, t)) for p in poses for t in (truth, truth @ track.HALF_TURN)]
+    assert min(errors)[0] < 0.01 and min(errors)[1] < 5
+    assert angle(poses[0], poses[1] @ track.HALF_TURN) < 20      # both solutions are kept, half a turn apart
+    assert abs(opening - 0.078) < 0.01
+
+
+def test_a_wrong_pose_is_not_believed(video):
+    own, valid = data.point_maps(video["observed_depth"], video["intrinsics"])
+    scene = track.make_scene(data.transform(own, video["view_in_ref"]), valid, video["intrinsics"], video["view_in_ref"])
+    truth, model = video["true_gripper_in_ref"][0, 0], track.hand_model()
+    assert track.believed(model, scene, truth, 0.078)[0]
+    for wrong in (truth @ motion(0, (0.05, 0, 0)), truth @ motion(60, (0, 0, 0)), truth @ motion(0, (0, 0, -0.1))):
+        assert not track.believed(model, scene, wrong, 0.078)[0]
+
+
+# ------------------------------------------------------------------------------------------------------- openings
+
+def test_hysteresis_follows_events_not_noise():
+    noise = 0.002 * np.sin(np.arange(40))
+    wide = np.r_[np.full(10, 0.078), np.full(10, 0.067), np.full(10, 0.075), np.full(10, 0.01)] + noise
+    closed = track.closed_flags(wide[:, None])[:, 0]
+    assert closed.tolist() == [False] * 10 + [True] * 10 + [False] * 10 + [True] * 10
+    assert track.closed_flags(np.full((3, 1), 0.01)).all()       # it starts closed when it starts below half the stroke
+
+
+def test_smoothing_keeps_the_event():
+    step = np.r_[np.full(6, 0.078), np.full(6, 0.02)]
+    noisy = step + 0.002 * np.random.default_rng(0).standard_normal(12)
+    smooth = track.smooth(noisy[:, None], np.ones((12, 1)))[:, 0]
+    assert np.abs(smooth - step).mean() < np.abs(noisy - step).mean()
+    assert abs(smooth[5] - 0.078) < 0.003 and abs(smooth[6] - 0.02) < 0.003
+
+
+# ----------------------------------------------------------------------------------------------- files and commands
+
+def run(*args):
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True)
+
+
+def test_command_line(tmp_path, video):
+    poses, openings = path()
+    depth, mask = film(poses, openings)
+    rgb = np.repeat((60 * depth.clip(0, 2)).astype(np.uint8)[..., None], 3, -1)
+    data.save_episode(tmp_path / "episode", rgb, (1000 * depth).round().astype(np.uint16), mask.astype(np.uint8), INTRINSICS, CAMERAS,
+                      poses[:, None], openings[:, None], np.arange(FRAMES) / 2, dict(task=1, source="test", rate_hz=2))
+    np.savez(tmp_path / "extrinsics.npz", ref_in_world=CAMERAS[0])
+    done = run("--episode", tmp_path / "episode", "--cameras", 0, 1, "--extrinsics", tmp_path / "extrinsics.npz", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "7 of 7 frames tracked" in done.stdout
+    with np.load(tmp_path / "out/trajectory.npz") as result:
+        assert result["gripper_in_ref"].shape == (FRAMES, 1, 4, 4) and result["gripper_motion"].shape == (FRAMES - 1, 1, 4, 4)
+        for key in ("opening", "closed", "fitness", "inlier_rmse", "lost"):
+            assert result[key].shape == (FRAMES, 1)
+        assert distance(result["gripper_in_world"][:, 0], poses).max() < 0.01
+    assert (tmp_path / "out/overlay.gif").stat().st_size > 1000 and (tmp_path / "out/path.png").stat().st_size > 1000
+
+
+def test_one_line_errors(tmp_path, video):
+    done = run("--prediction", tmp_path / "no.npz")
+    assert done.returncode != 0 and "no such file" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    with pytest.raises(ValueError, match="is missing"):
+        track.episode_prediction(tmp_path, [0, 1])
+    with pytest.raises(ValueError, match="observed_gripper_in_ref"):
+        track.track({k: v for k, v in video.items() if k != "observed_gripper_in_ref"}, init="pose")
+    with pytest.raises(ValueError, match="'points'"):
+        track.track({k: v for k, v in video.items() if k != "points"})
+    with pytest.raises(ValueError, match="'valid' has shape"):
+        track.track({**video, "valid": video["valid"][:1]})
+    with pytest.raises(ValueError, match="--hand and --finger"):
+        track.hand_model(hand="hand.obj")
