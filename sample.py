@@ -308,7 +308,7 @@ def cloud_frames(prediction, height=300, width=380, loops=2):
     pictures = []
     for i in range(loops * frames):
         t, phase = i % frames, 2 * np.pi * i / (loops * frames)
-        cam_in_ref = look_from(target, 1.1 * target[2] + 0.3, 0.5 * np.sin(phase), 0.15 + 0.15 * np.cos(phase))
+        cam_in_ref = look_from(target, 1.2 * target[2] + 0.4, 0.5 * np.sin(phase), 0.15 + 0.15 * np.cos(phase))
         keep = valid[:, t]
         seen = D.transform(points[:, t][keep], D.invert(cam_in_ref))
         pictures.append(splat(seen, rgb[:, t][keep], intrinsics, height, width, radius=max(1, 160 // points.shape[-2])))

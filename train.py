@@ -52,7 +52,7 @@ from vae import Muon, Stop, choose_preset
 #   P_mean, P_std  ln(sigma) ~ N(P_mean, P_std^2). The pretrained U-Net keeps SVD's. From scratch more noise is needed: at low
 #                  noise the noisy target itself tells where the other camera is, and the cross-view attention has nothing to learn
 DEFAULTS = {
-    "tiny": dict(steps=1400, single=0.7, single_batch=32, batch=4, accumulate=1, lr=2e-3, muon_lr=0.02, betas=(0.9, 0.98),
+    "tiny": dict(steps=700, single=0.7, single_batch=32, batch=4, accumulate=1, lr=2e-3, muon_lr=0.02, betas=(0.9, 0.98),
                  weight_decay=0.01, warmup=30, ema=0.99, P_mean=1.5, P_std=1.8, checkpointing=False, eval_every=350),
     "small": dict(steps=12000, single=0.5, single_batch=64, batch=8, accumulate=1, lr=1e-3, muon_lr=0.01, betas=(0.9, 0.98),
                   weight_decay=0.01, warmup=200, ema=0.999, P_mean=1.5, P_std=1.8, checkpointing=False, eval_every=1000),
