@@ -1241,7 +1241,75 @@ def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None, 
 
 
 # ------------------------------------------------------------------------------------------------ hub download
-# (download_episodes)
+
+HUB_DATASET = "Zeyi/4dgen-dataset"
+NEEDED_FILES = ("observations.npz", "intrinsics.npz", "extrinsics.npz", "actions.npz", "metadata.yaml")
+# A packed episode against its download, at the same image size: the public files are compressed, ours lie open for mapping.
+PACKED_GROWTH = 3
+
+
+def list_hub_episodes(task):
+    """Episodes of a task on the hub: {processed folder in the repo: {file name: bytes}}, of the files we need only."""
+    from huggingface_hub import HfApi
+    episodes = {}
+    for entry in HfApi().list_repo_tree(HUB_DATASET, TASKS[task].folder, recursive=True, repo_type="dataset"):
+        folder, _, name = entry.path.rpartition("/")
+        if folder.endswith("/processed") and name in NEEDED_FILES:
+            episodes.setdefault(folder, {})[name] = entry.size
+    natural = lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+    complete = [folder for folder, files in episodes.items() if set(NEEDED_FILES[:3]) <= set(files)]
+    return {folder: episodes[folder] for folder in sorted(complete, key=natural)}
+
+
+def download_episodes(task, out, size, episodes=None, keep_raw=False):
+    """Download the first `episodes` public episodes of a task (None: all), one at a time, and pack each at size (H, W).
+
+    Only observations, intrinsics, extrinsics, actions and metadata are fetched, into out/raw, and deleted once packed unless
+    keep_raw. What is packed already is skipped, a broken download goes on where it stopped. Returns the number packed in all.
+    Raises ValueError, in one line, for a hub that can't be reached or read, and before anything is fetched for a full disk.
+    """
+    from huggingface_hub import hf_hub_download
+    out = Path(out)
+
+    def refused(error):             # the client has a dozen error types for "no", "not now" and "not you"
+        return ValueError(f"cannot read {HUB_DATASET} on the hub ({type(error).__name__}): check the network; if it asks for "
+                          f"it, accept the terms at https://huggingface.co/datasets/{HUB_DATASET} and run `hf auth login`; "
+                          "or pass --source FOLDER of a local copy")
+    try:
+        found = list_hub_episodes(task)
+    except Exception as error:
+        raise refused(error) from None
+    if not found:
+        raise ValueError(f"{HUB_DATASET} lists no complete episode under {TASKS[task].folder}: pass --source FOLDER of a "
+                         "local copy")
+    name_of = lambda folder: "/".join(folder.split("/")[-4:-1])
+    packed = {load_episode(folder).info.get("name") for folder in out.glob("episode_*") if folder.suffix == ""}
+    todo = {folder: files for folder, files in list(found.items())[:episodes] if name_of(folder) not in packed}
+
+    sizes = [sum(files.values()) for files in todo.values()]
+    packed_bytes = sum(sizes) * PACKED_GROWTH * size[0] * size[1] / (480 * 640)
+    raw_bytes = sum(sizes) if keep_raw else max(sizes, default=0)
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free + sum(file.stat().st_size for file in (out / "raw").rglob("*") if file.is_file())
+    needed, stays = raw_bytes + packed_bytes, packed_bytes + keep_raw * raw_bytes
+    print(f"{HUB_DATASET}, task {task}: {len(found)} episodes, {len(packed)} packed here; {len(todo)} to download, "
+          f"{sum(sizes) / 1e9:.2f} GB; on disk at most {needed / 1e9:.2f} GB, about {stays / 1e9:.2f} GB of it to stay")
+    if needed > free:
+        raise ValueError(f"{out} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed: give fewer --episodes, "
+                         f"a smaller --size{' or no --keep_raw' * keep_raw}")
+
+    number = len(packed)
+    for folder, files in tqdm(todo.items(), desc="download and pack", unit="episode"):
+        try:
+            for name in files:
+                hf_hub_download(HUB_DATASET, f"{folder}/{name}", repo_type="dataset", local_dir=out / "raw")
+        except Exception as error:
+            raise refused(error) from None
+        pack_recorded(out / "raw" / folder, out / f"episode_{number:03d}", task, size)
+        number += 1
+        if not keep_raw:
+            shutil.rmtree(out / "raw")
+    return number
 
 
 # ------------------------------------------------------------------------------------------------ pictures and commands
@@ -1300,12 +1368,12 @@ def parse_size(text):
     return int(match[1]), int(match[2])
 
 
-def prepare(task, out, source="synthetic", size=(64, 80), episodes=None, seed=0, workers=None):
+def prepare(task, out, source="synthetic", size=(64, 80), episodes=None, seed=0, workers=None, keep_raw=False):
     """Make the packed episodes of a task in `out` from one of the three sources. Returns how many there are."""
     if source == "synthetic":
         return make_synthetic(task, out, episodes or 25, size, seed, workers)
     if source == "hub":
-        raise ValueError("--source hub is not there yet")
+        return download_episodes(task, out, size, episodes, keep_raw)
     if not Path(source).is_dir():
         raise ValueError(f"--source {source}: no such folder (or say synthetic, or hub)")
     return pack_folder(source, task, out, size, episodes)
@@ -1320,11 +1388,12 @@ def main():
     parser.add_argument("--episodes", type=int, help="at most this many episodes [synthetic: 25, others: all]")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic episodes")
     parser.add_argument("--workers", type=int, help="processes that render [one a core]")
+    parser.add_argument("--keep_raw", action="store_true", help="hub: keep what was downloaded, in OUT/raw")
     parser.add_argument("--preview", action="store_true", help="write OUT/preview.png; makes the data first if there is none")
     args = parser.parse_args()
     out = Path(args.out or f"data/task_{args.task}")
     if not (args.preview and any(out.glob("*/episode.json"))):
-        count = prepare(args.task, out, args.source, args.size, args.episodes, args.seed, args.workers)
+        count = prepare(args.task, out, args.source, args.size, args.episodes, args.seed, args.workers, args.keep_raw)
         print(f"{out}: {count} episodes of task {args.task} ({TASKS[args.task].name}), source: {args.source}")
     if args.preview:
         preview(out, out / "preview.png", args.seed)
