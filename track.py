@@ -663,7 +663,8 @@ def track(prediction, init="auto", model=None, progress=False):
     if "symmetry_score" in extra:
         extra["symmetric_gripper_in_ref"] = gripper_in_ref @ HALF_TURN
     return dict(gripper_in_ref=gripper_in_ref, gripper_motion=invert(gripper_in_ref[:1]) @ gripper_in_ref[1:], opening=opening,
-                closed=closed_flags(opening), fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"), lost=lost, **extra)
+                closed=closed_flags(opening), fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"), lost=lost,
+                fingers=collect("fingers"), **extra)
 
 
 def silhouette(model, scene, pose, opening):
