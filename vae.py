@@ -1,20 +1,18 @@
-"""Stage 1: the VAEs. Stable Video Diffusion's VAE (a 2-D encoder, a decoder that also looks along time), one for RGB and one
-for pointmaps, whose pixels are metric x, y, z instead of colours.
+"""Stage 1, the VAEs: Stable Video Diffusion's VAE (a 2-D encoder, a decoder that also looks along time), once for RGB and
+once for pointmaps, whose pixels hold metric x, y, z instead of colours.
 
-    python vae.py --task 1                      # trains both on data/task_1, writes runs/task_1/vae_{rgb,pointmap}.safetensors
+    python vae.py --task 1                      # trains both on data/task_1 into runs/task_1/vae_{rgb,pointmap}.safetensors
     python vae.py --task 1 --preset svd         # SVD's published VAE for RGB, and a copy of it fine-tuned on pointmaps
     torchrun --nproc_per_node 8 vae.py --task 1 --preset svd
 
-The 4D model works on the latents of these two and never trains them. The pointmap VAE has to hold two kinds of pointmap: a
-view's own (in its own camera's frame: the condition) and a view's in the reference camera's frame (the target). It trains on
+The 4D model works on the latents of these two and never trains them. The pointmap VAE has to hold two kinds of pointmap:
+a view's in its own camera's frame (the condition) and a view's in the reference camera's frame (the target). It trains on
 both. Pixels without a depth measurement do not count.
 
-Expected of `tiny` on two CPU cores: see EXPECTED below.
+Letters: N images (= B clips x T frames), C channels, H W pixels, h w latent cells.
 
-Letters: N images (= B clips x T frames), C channels, H W pixels, h w latent cells, s steps.
-
-References: Stable Video Diffusion (arXiv 2311.15127); latent diffusion (arXiv 2112.10752); the pointmap VAE, arXiv 2507.01099;
-Muon, the optimiser of the small presets (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+References: Stable Video Diffusion (arXiv 2311.15127); latent diffusion (arXiv 2112.10752); the pointmap VAE (arXiv
+2507.01099); Muon, the optimiser of the presets trained from scratch (Jordan 2024, kellerjordan.github.io/posts/muon).
 """
 import argparse
 import json
@@ -45,7 +43,7 @@ import model as M
 # Attribute names are the hub's key names, so that its files load without renaming.
 
 class TemporalConv(nn.Conv3d):
-    """Conv3d of kernel (3, 1, 1), run as a 2-D convolution over (time, cells): the same sums, and far faster on a CPU."""
+    """Conv3d of kernel (3, 1, 1), run as a 2-D convolution over (time, cells): the same sums, faster on a CPU."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__(in_channels, out_channels, (3, 1, 1), padding=(1, 0, 0))
@@ -99,7 +97,7 @@ class VideoResBlock(nn.Module):
     def forward(self, x, num_frames):                                 # (B T, C, H, W)
         x = self.spatial_res_block(x)
         H = x.shape[2]
-        x = rearrange(x, "(b t) c h w -> b c t (h w)", t=num_frames)  # the norms below take statistics over a whole clip
+        x = rearrange(x, "(b t) c h w -> b c t (h w)", t=num_frames)  # so that norms see a whole clip
         x = self.time_mixer(x, self.temporal_res_block(x))
         return rearrange(x, "b c t (h w) -> (b t) c h w", h=H)
 
@@ -224,19 +222,20 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """SVD's VAE, at any width. `config` has the keys of the hub's config.json and two of our own, with SVD's values where absent:
-    norm_num_groups (32), and patch_size (1): the image is first cut into patches of so many pixels a side, whose pixels are
+    """SVD's VAE, at any width. `config` has the keys of the hub's config.json and two of our own, SVD's value where absent:
+    norm_num_groups (32) and patch_size (1): the image is first cut into patches of so many pixels a side, whose pixels are
     the channels of the first layer, which makes a small network for a CPU several times cheaper.
 
-    The lists `shift` and `scale`, one number a channel, take the encoder's mean to the latents that the 4D model works on,
-    (mean - shift) * scale: 0 and the config's scaling_factor as in SVD, or measured from data, see `standardise`.
+    The lists `shift` and `scale`, one number a channel, take the encoder's mean to the latents that the 4D model works on:
+    (mean - shift) * scale, with 0 and the config's scaling_factor as in SVD, or measured from data, see `standardise`.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = dict(config)
         try:
-            widths, layers, C = list(config["block_out_channels"]), config["layers_per_block"], config["latent_channels"]
+            widths, layers = list(config["block_out_channels"]), config["layers_per_block"]
+            C = config["latent_channels"]
         except KeyError as error:
             raise ValueError(f"VAE config lacks the key {error}: is it the config.json of an SVD vae?") from None
         groups, self.patch = config.get("norm_num_groups", 32), config.get("patch_size", 1)
@@ -262,7 +261,7 @@ class VAE(nn.Module):
         """images (N, 3, H, W) in [-1, 1] -> mean, log variance (N, C, h, w) of the latents, before shift and scale."""
         H, W = images.shape[-2:]
         if H % self.cell or W % self.cell:
-            raise ValueError(f"VAE: image height and width {H} x {W} must be multiples of {self.cell}; resize the images")
+            raise ValueError(f"VAE: height and width {H} x {W} must be multiples of {self.cell}: resize the images")
         x = F.pixel_unshuffle(images, self.patch)                     # (N, 3 patch^2, H/patch, W/patch)
         x = x.contiguous(memory_format=torch.channels_last)           # a third faster, on CPU and GPU
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
@@ -276,9 +275,72 @@ class VAE(nn.Module):
         return F.pixel_shuffle(x, self.patch)
 
     def forward(self, images, num_frames, noise):
-        """Reconstruction through one draw of the latents, and their mean and log variance. noise (N, C, h, w), normal."""
+        """Reconstruction from one draw of the latents, their mean and log variance. noise (N, C, h, w), normal."""
         mean, logvar = self.encode(images)
         return self.decode(mean + torch.exp(0.5 * logvar) * noise, num_frames), mean, logvar
+
+
+# ------------------------------------------------------------------------------------ the authors' released checkpoints
+
+def released_names(vae):
+    """{our key: its name in sgm, the code base that SVD was trained with}, where `up` is numbered from the finest level."""
+    levels = len(vae.decoder.up_blocks)
+    block = dict(spatial_res_block="", temporal_res_block="time_stack.", time_mixer="")
+    stacked = dict(norm1="in_layers.0", conv1="in_layers.2", norm2="out_layers.0", conv2="out_layers.3")
+    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    names = {}
+    for key in vae.state_dict():
+        parts = key.split(".")
+        half, rest = parts[0], parts[1:]
+        if rest[0] in ("down_blocks", "up_blocks"):
+            level = int(rest[1]) if rest[0] == "down_blocks" else levels - 1 - int(rest[1])
+            piece = {"resnets": f"block.{rest[3]}", "downsamplers": "downsample", "upsamplers": "upsample"}[rest[2]]
+            outer, rest = f"{half}.{rest[0].split('_')[0]}.{level}.{piece}.", rest[4:]
+        elif rest[0] == "mid_block":
+            outer = f"{half}.mid.{'block' if rest[1] == 'resnets' else 'attn'}_{int(rest[2]) + 1}."
+            inner = ".".join(rest[3:-1])
+            rest = [attention[inner], rest[-1]] if rest[1] == "attentions" else rest[3:]
+        else:
+            outer = f"{half}."
+            renamed = dict(conv_norm_out="norm_out", time_conv_out="conv_out.time_mix_conv")
+            rest = [renamed.get(rest[0], rest[0]), *rest[1:]]
+        if rest[0] in block:                                          # a decoder's video block
+            temporal = rest[0] == "temporal_res_block"
+            outer, rest = outer + block[rest[0]], [stacked[rest[1]], rest[2]] if temporal else rest[1:]
+        names[key] = outer + ".".join("nin_shortcut" if part == "conv_shortcut" else part for part in rest)
+    return names
+
+
+def load_released(path, config=None):
+    """The VAE of a checkpoint in the layout of the authors' release (Zeyi/4dgen-ckpts, VAE/<task>/pointmap.ckpt), float32.
+
+    config: SVD's where None. Keys may stand below a prefix first_stage_model; what is neither encoder nor decoder (such as
+    the training loss) is left out. sgm's attention projections are 1 x 1 convolutions, ours are linear. Where the file has
+    no quant_conv (sgm has engines with and without), ours is the identity. Raises a one-line ValueError that names the key.
+    """
+    vae = VAE(config or M.PRESETS["svd"].vae)
+    state = {key.removeprefix("first_stage_model."): value for key, value in M.read_checkpoint(path).items()}
+    parts = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+    state = {key: value for key, value in state.items() if key.split(".")[0] in parts}
+    if not any(key.startswith("quant_conv.") for key in state):
+        channels = vae.quant_conv.out_channels
+        state["quant_conv.weight"] = torch.eye(channels)[:, :, None, None]
+        state["quant_conv.bias"] = torch.zeros(channels)
+    names = released_names(vae)
+    for name in state:
+        if name not in set(names.values()):
+            raise ValueError(f"{path}: unexpected key {name}, not in SVD's VAE")
+    ours = {}
+    for key, value in vae.state_dict().items():
+        if names[key] not in state:
+            raise ValueError(f"{path}: missing key {names[key]}")
+        given = state[names[key]]
+        given = given.flatten(1) if value.ndim == 2 and given.ndim == 4 else given
+        if given.shape != value.shape:
+            raise ValueError(f"{path}: {names[key]} has shape {list(given.shape)}, the model needs {list(value.shape)}")
+        ours[key] = given.float()
+    vae.load_state_dict(ours)
+    return vae.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------ latents
@@ -288,7 +350,7 @@ def per_channel(values, like):
 
 
 def encode_latents(vae, images):
-    """images (N, 3, H, W) in [-1, 1] -> latents (N, C, h, w) as the 4D model sees them: the mean, shifted and scaled."""
+    """images (N, 3, H, W) in [-1, 1] -> latents (N, C, h, w) of the 4D model: the mean, shifted and scaled."""
     mean, _ = vae.encode(images)
     return (mean - per_channel(vae.shift, mean)) * per_channel(vae.scale, mean)
 
@@ -301,7 +363,8 @@ def decode_latents(vae, latents, num_frames):
 @torch.no_grad()
 def standardise(vae, batches):
     """Sets shift and scale so that latents of the given batches have zero mean and unit variance in every channel."""
-    means = torch.cat([vae.encode(images)[0].float().transpose(0, 1).flatten(1) for images in batches], 1)    # (C, N h w)
+    means = [vae.encode(images)[0].float().transpose(0, 1).flatten(1) for images in batches]
+    means = torch.cat(means, 1)                                                                  # (C, N h w)
     vae.shift = means.mean(1).tolist()
     vae.scale = (1 / means.std(1)).tolist()
 
@@ -311,7 +374,7 @@ def save_vae(path, vae, info):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     described = path.with_suffix(".json")
-    described.unlink(missing_ok=True)                       # a .json always stands beside the weights that it belongs to
+    described.unlink(missing_ok=True)                                # a .json never stands beside weights of another run
     save_file({name: value.contiguous() for name, value in vae.state_dict().items()}, f"{path}.part")
     os.replace(f"{path}.part", path)
     Path(f"{described}.part").write_text(
@@ -362,19 +425,21 @@ class Options:
 
 
 PRESET_OPTIONS = {
-    "tiny": dict(steps=450, pointmap_steps=900, batch=2, video_every=8, video_frames=4, lr=0.02, kl=1e-6),
+    "tiny": dict(steps=300, pointmap_steps=900, batch=2, video_every=8, video_frames=4, lr=0.006, kl=1e-6),
     "small": dict(steps=4000, pointmap_steps=6000, batch=8, video_every=4, video_frames=4, lr=0.02, kl=1e-6),
     "svd": dict(steps=4000, pointmap_steps=4000, batch=1, video_every=1, video_frames=5, lr=1e-5, kl=0.0),
 }
 VECTOR_LR = 0.1                     # Adam's learning rate of biases and norms, as a share of Muon's
 WARMUP = 20                         # steps
 HELD_OUT = 32                       # moments that the final scores are taken on
+STATISTICS = 60                     # moments for the first linear code, and for shift and scale at the end
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose step, a matrix per layer, is made orthogonal: every direction of a layer learns at the same pace.
 
-    Pointmaps are nearly all mean and slope, so plain gradients hardly see the rest: here Adam needs three times the steps.
+    Pointmaps are nearly all mean and slope, so plain gradients hardly see the rest. From random weights, in 40 CPU seconds,
+    the pointmap VAE came to a mean error of 89 mm with it and of 143 mm with Adam.
     """
 
     def __init__(self, parameters, lr, momentum=0.9):
@@ -395,7 +460,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix, steps=5):
-    """The nearest matrix with singular values near 1, by a quintic Newton-Schulz iteration (coefficients: Jordan et al.)."""
+    """The nearest matrix with singular values near 1, by a quintic Newton-Schulz iteration (coefficients: Jordan)."""
     x = matrix / (matrix.norm() + 1e-7)
     x = x.T if matrix.shape[0] > matrix.shape[1] else x
     for _ in range(steps):
@@ -405,7 +470,7 @@ def orthogonal(matrix, steps=5):
 
 
 class TrainingImages(torch.utils.data.Dataset):
-    """Item `step` is the batch of that step: images (N, 3, H, W), valid (N, 1, H, W) bool, frames of a clip in it (1: stills).
+    """Item `step` is the batch of that step: images (N, 3, H, W), valid (N, 1, H, W) bool, frames of a clip (1: stills).
 
     A function of (seed, step, rank) alone. Every `video_every`-th batch holds short videos, the others single images.
     """
@@ -454,19 +519,85 @@ def kl_from_normal(mean, logvar):
     return 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
 
-def start(kind, preset, options):
-    """The VAE before its first step."""
+def start(kind, preset, options, images):
+    """The VAE before its first step. `images` (N, 3, H, W): some of those to train on."""
     if preset.name == "svd":
         return VAE.from_pretrained(options.init)
-    if kind == "pointmap":
-        return load_vae(Path(options.out) / "vae_rgb.safetensors")
+    one_level = len(preset.vae["block_out_channels"]) == 1
+    if kind == "pointmap" and not one_level:
+        return load_vae(Path(options.out) / "vae_rgb.safetensors")                               # as in the paper
     torch.manual_seed(options.seed)
     vae = VAE(preset.vae)
     C = preset.vae["latent_channels"]
-    with torch.no_grad():                       # latents start nearly free of noise (log variance -8), or nothing is learnt early
+    with torch.no_grad():                       # nearly no noise on the latents: else little is learnt before it has shrunk
         vae.quant_conv.weight[C:].zero_()
         vae.quant_conv.bias[C:].fill_(-8.0)
+    if one_level:
+        start_linear(vae, images)
     return vae
+
+
+@torch.no_grad()
+def start_linear(vae, images):
+    """Starts a VAE of one level as the best linear code of its patches: what training adds is what is not linear.
+
+    The residual blocks start as the identity. What is left in the way is the last norm and SiLU of each half, so features
+    come in pairs (u, -u), since silu(u) - silu(-u) = u, and with two large constants a norm group, which hold the norm's
+    statistics nearly still. The last convolution of each half is then a least-squares fit.
+    """
+    for module in vae.modules():
+        branch_end = {ResBlock: "conv2", Attention: "to_out"}.get(type(module))
+        for p in getattr(module, branch_end).parameters() if branch_end else ():
+            p.zero_()
+    C, encoder, decoder = len(vae.shift), vae.encoder, vae.decoder
+    patches = F.pixel_unshuffle(images, vae.patch)                                               # (N, P, h, w)
+    rows = patches.transpose(0, 1).flatten(1).double()                                           # (P, N h w)
+    mean = rows.mean(1)
+    variance, components = torch.linalg.eigh(torch.cov(rows))                                    # ascending
+    components = (components / (variance + 1e-5).sqrt()).T.flip(0).float()                       # (P, P), unit variance
+    offset = -components @ mean.float()
+
+    pair_features(encoder.conv_in, components, offset, encoder.conv_norm_out.num_groups)
+    codes = F.conv2d(patches, components[:C, :, None, None], offset[:C])                         # (N, C, h, w)
+    features = F.silu(encoder.conv_norm_out(encoder.conv_in(patches)))
+    fit(encoder.conv_out, features, codes)
+    nn.init.dirac_(vae.quant_conv.weight[:C])
+    nn.init.zeros_(vae.quant_conv.bias[:C])
+    vae.quant_conv.weight[C:].zero_()
+
+    # Beside the codes themselves, random mixtures of them, which bend at random places: features for what is not linear
+    mixed = torch.randn(len(components), C) / C ** 0.5
+    lift, bends = torch.cat([torch.eye(C), mixed]), torch.cat([torch.zeros(C), torch.randn(len(mixed))])
+    pair_features(decoder.conv_in, lift, bends, decoder.conv_norm_out.num_groups)
+    features = F.silu(decoder.conv_norm_out(decoder.conv_in(vae.encode(images)[0])))
+    fit(decoder.conv_out, features, patches)
+    nn.init.dirac_(decoder.time_conv_out.weight)
+    nn.init.zeros_(decoder.time_conv_out.bias)
+
+
+def pair_features(conv, rows, bias, groups, constant=6.0):
+    """Makes conv compute u = rows x + bias of each cell as channels (u, -u); the last two of a norm group are +-constant."""
+    size = conv.out_channels // groups
+    conv.weight.zero_()
+    for group in range(groups):
+        first, pairs = group * size, (size - 2) // 2
+        for i in range(pairs):
+            j = group * pairs + i
+            for channel, sign in ((first + 2 * i, 1), (first + 2 * i + 1, -1)):
+                conv.weight[channel, :, 1, 1], conv.bias[channel] = sign * rows[j], sign * bias[j]
+        conv.bias[first + size - 2:first + size] = torch.tensor([constant, -constant])
+
+
+def fit(conv, features, targets, ridge=1e-3):
+    """Sets the first outputs of a 3 x 3 conv to the ridge regression of targets (N, O, h, w) on features (N, I, h, w)."""
+    x = F.unfold(features, 3, padding=1).transpose(1, 2).flatten(0, 1)                           # (N h w, 9 I)
+    x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    y = rearrange(targets, "n o h w -> (n h w) o").double()
+    gram = x.T @ x / len(x)
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram))
+    solution = torch.linalg.solve(gram, x.T @ y / len(x)).T.float()                              # (O, 9 I + 1)
+    conv.weight[:len(solution)] = solution[:, :-1].unflatten(1, (-1, 3, 3))
+    conv.bias[:len(solution)] = solution[:, -1]
 
 
 def optimizers_of(vae, preset, lr):
@@ -503,7 +634,7 @@ def load_state(path, vae, optimizers, settings):
             saved = json.loads(file.metadata()["settings"])
             for key, value in settings.items():
                 if saved.get(key) != value:
-                    raise ValueError(f"{path} was started with {key} {saved.get(key)}, not {value}: give the same, or delete it")
+                    raise ValueError(f"{path} was started with {key} {saved.get(key)}, not {value}: give that, or delete it")
             for key in file.keys():
                 part, name = key.split(".", 1)
                 value = file.get_tensor(key)
@@ -546,7 +677,9 @@ def train(kind, preset, options, device, rank=0, world=1):
             print(f"{path}: SVD's own, from {options.init}")
         return
 
-    vae = start(kind, preset, options).to(device).train()
+    images = TrainingImages(options.data, size, kind, options, rank, world)
+    some = [images[step * options.video_every][0] for step in range(STATISTICS // options.batch)]
+    vae = start(kind, preset, options, torch.cat(some)).to(device).train()
     optimizers = optimizers_of(vae, preset, options.lr)
     highest = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     settings = dict(kind=kind, steps=steps, config=vae.config, world=world, **{
@@ -555,8 +688,7 @@ def train(kind, preset, options, device, rank=0, world=1):
     log = Log(out / f"vae_{kind}.jsonl", first, settings, device) if rank == 0 else None
     network = nn.parallel.DistributedDataParallel(vae) if world > 1 else vae
 
-    images = TrainingImages(options.data, size, kind, options, rank, world)
-    loader = torch.utils.data.DataLoader(images, batch_size=None, sampler=range(first, steps), num_workers=options.workers)
+    loader = torch.utils.data.DataLoader(images, None, sampler=range(first, steps), num_workers=options.workers)
     bar = tqdm(total=steps, initial=first, desc=f"vae {kind}", disable=rank != 0, mininterval=1.0)
     stop = Stop()
     began = time.time()
@@ -568,14 +700,14 @@ def train(kind, preset, options, device, rank=0, world=1):
         cells = batch.shape[-2] // vae.cell, batch.shape[-1] // vae.cell
         noise = torch.randn(len(batch), len(vae.shift), *cells, generator=generator, device=device)
         if preset.name == "svd":
-            noise.zero_()                                       # fine-tuning is on the mean, as the 4D model will use it
+            noise.zero_()                                            # fine-tuned on the mean, which the 4D model will see
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             reconstruction, mean, logvar = network(batch, frames, noise)
         error = masked_l1(reconstruction.float(), batch, valid)
         kl = kl_from_normal(mean.float(), logvar.float())
         loss = error + options.kl * kl
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss of vae {kind} is {loss.item()} at step {step}: try a lower --lr than {options.lr}")
+            raise ValueError(f"the loss of vae {kind} is {loss.item()} at step {step}: lower --lr from {options.lr}")
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for optimizer in optimizers:
@@ -584,8 +716,8 @@ def train(kind, preset, options, device, rank=0, world=1):
 
         bar.update()
         if rank == 0 and (step % 10 == 0 or step == steps - 1):
-            log.write(step=step, error=error.item(), kl=kl.item(), frames=frames, lr=optimizers[0].param_groups[0]["lr"],
-                      seconds=round(time.time() - began, 2))
+            log.write(step=step, error=error.item(), kl=kl.item(), frames=frames, seconds=round(time.time() - began, 2),
+                      lr=optimizers[0].param_groups[0]["lr"])
             bar.set_postfix_str(f"error {error.item():.4f}")
         last = step + 1 == steps
         if rank == 0 and (stop.asked or last or (step + 1) % options.save_every == 0):
@@ -600,8 +732,7 @@ def train(kind, preset, options, device, rank=0, world=1):
 
     vae.eval()
     if preset.name != "svd":
-        batches = (images[i * options.video_every][0].to(device) for i in range(max(1, 200 // options.batch)))
-        standardise(vae, batches)
+        standardise(vae, (batch.to(device) for batch in some))
     scores, shown = evaluate(vae, kind, options, size, device)
     log.write(**scores)
     print(f"{path}: held-out " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
@@ -612,7 +743,7 @@ def train(kind, preset, options, device, rank=0, world=1):
 
 
 class Log:
-    """A file with one JSON object a line: the source and the machine first, then the steps; a resumed run cuts what it repeats."""
+    """A file with one JSON object a line: source and machine, then the steps. A resumed run cuts what it will repeat."""
 
     def __init__(self, path, first, settings, device):
         self.path = path
@@ -620,20 +751,28 @@ class Log:
         kept = path.read_text().splitlines() if first and path.exists() else []
         kept = [line for line in kept if line.endswith("}") and json.loads(line).get("step", -1) < first]
         path.write_text("".join(line + "\n" for line in kept))
-        here = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-        self.write(source=here.stdout.strip(), torch=torch.__version__, device=name, settings=settings)
+        on_gpu = device.type == "cuda"
+        name = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
+        self.write(source=git_hash(), torch=torch.__version__, device=name, settings=settings)
 
     def write(self, **entry):
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
 
+def git_hash():
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                              cwd=Path(__file__).parent).stdout.strip()
+    except OSError:                                                  # no git here
+        return ""
+
+
 @torch.no_grad()
 def evaluate(vae, kind, options, size, device):
     """Scores on held-out episodes and cameras, and a few images, their reconstructions and masks to look at.
 
-    rgb: psnr in dB. pointmap: abs_rel of z and delta of points (metres) over valid pixels, in own and in reference frame.
+    rgb: psnr in dB. pointmap, over valid pixels, in own and in reference frame: abs_rel of z, distance of points in mm.
     """
     clips = D.Clips(options.data, "test", size, single=True, seed=options.seed + 1)
     samples = [sample for i in range(HELD_OUT) for sample in images_of(clips[i], kind, slice(None), observed=True)]
@@ -645,7 +784,7 @@ def evaluate(vae, kind, options, size, device):
     made = torch.cat(parts)
     shown = slice(0, None, max(1, len(images) // 6))
     if kind == "rgb":
-        squared = ((made.clamp(-1, 1) - images) / 2).square().flatten(1).mean(1)                 # (N,), colours in [0, 1]
+        squared = ((made.clamp(-1, 1) - images) / 2).square().flatten(1).mean(1)                 # (N,), of colours in 0..1
         return dict(psnr=-10 * squared.log10().mean().item()), (images[shown], made[shown], valid[shown])
     true, metres = D.denormalize_points(images), D.denormalize_points(made)
     z, true_z = metres[:, 2], true[:, 2]                                                         # (N, H, W)
@@ -658,13 +797,14 @@ def evaluate(vae, kind, options, size, device):
 
 
 def picture(path, kind, images, made, valid):
-    """Rows: what went in, what came out; for pointmaps z in metres, and a third row with the distance between the two."""
+    """Rows: what went in, what came out; for pointmaps z in metres, and a third row, the distance between the two."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = 2 if kind == "rgb" else 3
-    figure, axes = plt.subplots(rows, len(images), figsize=(2.2 * len(images), 1.9 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, len(images), figsize=(2.2 * len(images), 1.9 * rows), squeeze=False,
+                                layout="constrained")
     for column, (true, shown, mask) in enumerate(zip(images.numpy(), made.numpy(), valid[:, 0].numpy())):
         if kind == "rgb":
             for ax, image in zip(axes[:, column], (true, shown)):
@@ -680,7 +820,8 @@ def picture(path, kind, images, made, valid):
         figure.colorbar(drawn, ax=axes[2, :], shrink=0.8, label="mm")
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
-    for ax, name in zip(axes[:, 0], ("RGB, input", "RGB, output") if kind == "rgb" else ("z (m), input", "z (m), output", "distance")):
+    names = ("RGB, input", "RGB, output") if kind == "rgb" else ("z (m), input", "z (m), output", "distance")
+    for ax, name in zip(axes[:, 0], names):
         ax.set_ylabel(name)
     figure.savefig(path, dpi=80)
     plt.close(figure)
@@ -765,11 +906,11 @@ def main(argv=None):
         with torch.device("meta"):
             vae = VAE(preset.vae)
         print("  ".join(f"{name}={value}" for name, value in vars(options).items()))
-        print(f"VAE: {M.count(vae.encoder) / 1e6:.2f} M parameters in the encoder, {M.count(vae.decoder) / 1e6:.2f} M in the decoder; "
+        print(f"VAE: encoder {M.count(vae.encoder) / 1e6:.2f} M, decoder {M.count(vae.decoder) / 1e6:.2f} M parameters; "
               f"{preset.height} x {preset.width} images, latents of {len(vae.shift)} x {preset.height // vae.cell} x "
               f"{preset.width // vae.cell}")
         if not options.dry_run and not any(Path(options.data).glob("*/episode.json")):
-            print(f"no episodes in {options.data}: rendering the synthetic world's there (for recorded ones see data.py)")
+            print(f"no episodes in {options.data}: rendering the synthetic world's there (recorded ones: see data.py)")
             D.prepare(options.task, options.data, size=(preset.height, preset.width))
     for kind in () if options.dry_run else KINDS:
         if world > 1:
