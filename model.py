@@ -1,24 +1,25 @@
 """The networks: Stable Video Diffusion's U-Net, the two-decoder 4D model built from it, and CLIP's image encoder.
 
-    model = Model4D(PRESETS['tiny'])                                   # from scratch
-    model = Model4D.from_pretrained(PRESETS['svd'], 'stabilityai/stable-video-diffusion-img2vid', dtype=torch.bfloat16)
-    python model.py --preset svd                                       # prints the parameter counts of every part
+    model = Model4D(PRESETS['tiny'])                                   # from scratch model =
+    Model4D.from_pretrained(PRESETS['svd'], 'stabilityai/stable-video-diffusion-img2vid', dtype=torch.bfloat16) python
+    model.py --preset svd                                       # prints the parameter counts of every part
 
-Two views of one scene go through the U-Net as separate streams: an RGB video and a pointmap video per view. All streams share
-encoder and middle. Decoder A writes the RGB of every view and the pointmap of view 0, the reference. Decoder B writes the
-pointmaps of the other views *in the reference camera's frame*; to know where that frame is, each of its layers looks at the
-reference's pointmap features through cross-view attention. See `Model4D.forward`.
+Two views of one scene go through the U-Net as separate streams: an RGB video and a pointmap video per view. All
+streams share encoder and middle. Decoder A writes the RGB of every view and the pointmap of view 0, the reference.
+Decoder B writes the pointmaps of the other views *in the reference camera's frame*; to know where that frame is, each
+of its layers looks at the reference's pointmap features through cross-view attention. See `Model4D.forward`.
 
-Attributes are named as the keys of the published files (`down_blocks.0.attentions.1.proj_in.weight`), so they load with
-strict=True and no renaming.
+Attributes are named as the keys of the published files (`down_blocks.0.attentions.1.proj_in.weight`), so they load
+with strict=True and no renaming.
 
-Letters: B samples, V views (view 0 = reference), S streams of a view (0 RGB, 1 pointmap), N = streams * samples, T frames,
-C channels, h w latent cells, n = h * w tokens, L context tokens, D width of a context token, E width of the time embedding.
+Letters: B samples, V views (view 0 = reference), S streams of a view (0 RGB, 1 pointmap), N = streams * samples, T
+frames, C channels, h w latent cells, n = h * w tokens, L context tokens, D width of a context token, E width of the
+time embedding.
 
-References: Blattmann et al. 2023, Stable Video Diffusion (arXiv 2311.15127); Karras et al. 2022, EDM (arXiv 2206.00364);
-Liu et al. 2025, Geometry-aware 4D Video Generation for Robot Manipulation (arXiv 2507.01099); Wang et al. 2024, DUSt3R
-(arXiv 2312.14132): the pointmap of a second view in the first view's frame; Radford et al. 2021, CLIP (arXiv 2103.00020).
-"""
+References: Blattmann et al. 2023, Stable Video Diffusion (arXiv 2311.15127); Karras et al. 2022, EDM (arXiv
+2206.00364); Liu et al. 2025, Geometry-aware 4D Video Generation for Robot Manipulation (arXiv 2507.01099); Wang et
+al. 2024, DUSt3R (arXiv 2312.14132): the pointmap of a second view in the first view's frame; Radford et al. 2021,
+CLIP (arXiv 2103.00020). """
 import argparse
 import collections
 import copy
@@ -43,9 +44,9 @@ FPS_ID, MOTION_BUCKET, NOISE_AUGMENTATION = 6, 127, 0.02               # SVD's t
 
 @dataclasses.dataclass
 class Preset:
-    """One size of the whole model. `unet`, `vae` and `clip` are the hub's config.json contents, with two keys of our own:
-    norm_num_groups, the number of groups of every GroupNorm (32 where absent, as in the published weights), and the VAE's
-    patch_size, the side of the pixel squares that it folds into channels first (1 where absent)."""
+    """One size of the whole model. `unet`, `vae` and `clip` are the hub's config.json contents, with two keys of our
+    own: norm_num_groups, the number of groups of every GroupNorm (32 where absent, as in the published weights), and
+    the VAE's patch_size, the side of the pixel squares that it folds into channels first (1 where absent)."""
     name: str
     height: int                        # pixels
     width: int                         # pixels
@@ -54,24 +55,24 @@ class Preset:
     clip: dict = None                  # None: one learned token stands in for the image embedding
     view_heads: int = 8                # heads of the cross-view attention
     view_head_dim: int = 64            # channels a head
-    view_norm: bool = True             # LayerNorm and sine positions in front of it; the authors' checkpoints have neither
+    view_norm: bool = True             # LayerNorm and sine positions in front of it; the released checkpoints lack both
 
 
 def unet_config(channels, heads, layers, latent_channels, context, groups, attention_levels):
-    """The hub's U-Net config for a network trained from scratch. `attention_levels`: how many levels, counted from the
-    finest, have transformers (the middle always has)."""
+    """The hub's U-Net config for a network trained from scratch. `attention_levels`: how many levels, counted from
+    the finest, have transformers (the middle always has)."""
     attends = [level < attention_levels for level in range(len(channels))]
     return dict(in_channels=2 * latent_channels, out_channels=latent_channels, block_out_channels=list(channels),
                 num_attention_heads=list(heads), layers_per_block=layers, transformer_layers_per_block=1,
                 cross_attention_dim=context, addition_time_embed_dim=32, projection_class_embeddings_input_dim=96,
                 norm_num_groups=groups,
-                down_block_types=['CrossAttnDownBlockSpatioTemporal' if a else 'DownBlockSpatioTemporal' for a in attends],
-                up_block_types=['CrossAttnUpBlockSpatioTemporal' if a else 'UpBlockSpatioTemporal' for a in attends[::-1]])
+                down_block_types=['CrossAttn' * a + 'DownBlockSpatioTemporal' for a in attends],
+                up_block_types=['CrossAttn' * a + 'UpBlockSpatioTemporal' for a in attends[::-1]])
 
 
 def vae_config(channels, layers, latent_channels, groups, patch_size=1):
-    """The hub's VAE config for a network trained from scratch; latents are patch_size * 2 ** (levels - 1) times smaller than
-    images."""
+    """The hub's VAE config for a network trained from scratch; latents are patch_size * 2 ** (levels - 1) times
+    smaller than images."""
     return dict(in_channels=3, out_channels=3, down_block_types=['DownEncoderBlock2D'] * len(channels),
                 block_out_channels=list(channels), layers_per_block=layers, latent_channels=latent_channels,
                 scaling_factor=1.0, force_upcast=False, norm_num_groups=groups, patch_size=patch_size)
@@ -82,11 +83,11 @@ PRESETS = {
     'tiny': Preset('tiny', height=64, width=80, view_heads=4, view_head_dim=32,
                    unet=unet_config((48, 64), heads=(2, 2), layers=1, latent_channels=8, context=32, groups=8,
                                     attention_levels=0),
-                   vae=vae_config((32, 64), layers=1, latent_channels=8, groups=8, patch_size=4)),
+                   vae=vae_config((64,), layers=1, latent_channels=8, groups=8, patch_size=8)),
     # One ordinary GPU, an hour: 16 x 20 latents.
     'small': Preset('small', height=128, width=160, view_heads=4, view_head_dim=64,
-                    unet=unet_config((64, 128, 256), heads=(1, 2, 4), layers=2, latent_channels=8, context=64, groups=32,
-                                     attention_levels=3),
+                    unet=unet_config((64, 128, 256), heads=(1, 2, 4), layers=2, latent_channels=8, context=64,
+                                     groups=32, attention_levels=3),
                     vae=vae_config((32, 64, 128, 128), layers=2, latent_channels=8, groups=16)),
     # The paper's model, from the published weights of SVD img2vid: 32 x 40 latents of 4 channels.
     'svd': Preset('svd', height=256, width=320,
@@ -110,17 +111,18 @@ PRESETS = {
 def load_pretrained(module_class, folder_or_repo, subfolder=None, dtype=torch.float32, device='cpu'):
     """A module with the weights of a folder in the hub's layout, or of a hub repo, which is downloaded first.
 
-    The folder (or its `subfolder`) holds config.json beside diffusion_pytorch_model.safetensors or model.safetensors, an
-    .fp16 variant of them, or shards with their index.json. `module_class.from_config(config)` builds the module without
-    memory (on the meta device); then each tensor goes straight to `dtype` on `device`, so memory never holds two copies.
+    The folder (or its `subfolder`) holds config.json beside diffusion_pytorch_model.safetensors or model.safetensors,
+    an .fp16 variant of them, or shards with their index.json. `module_class.from_config(config)` builds the module
+    without memory (on the meta device); then each tensor goes straight to `dtype` on `device`, so memory never holds
+    two copies.
 
-    Raises ValueError, in one line that names it, for a missing or unexpected key, a wrong shape, a damaged file, a folder
-    without config.json and a repo that can't be reached."""
+    Raises ValueError, in one line that names it, for a missing or unexpected key, a wrong shape, a damaged file, a
+    folder without config.json and a repo that can't be reached."""
     half = dtype in (torch.float16, torch.bfloat16)
     folder = hub_folder(folder_or_repo, subfolder, half)
     config_path = folder / 'config.json'
     if not config_path.is_file():
-        raise ValueError(f'{folder} has no config.json: give a folder in the hub\'s layout (config.json + .safetensors)')
+        raise ValueError(f"{folder} has no config.json: give a folder in the hub's layout (config.json + .safetensors)")
     try:
         config = json.loads(config_path.read_text())
     except ValueError as error:
@@ -132,8 +134,8 @@ def load_pretrained(module_class, folder_or_repo, subfolder=None, dtype=torch.fl
 
 
 def hub_folder(folder_or_repo, subfolder=None, half=False):
-    """The folder of a local copy, or of a hub repo: downloaded, resumed, or already there. half: the .fp16 files, where the
-    repo has them, are enough. Raises a one-line ValueError."""
+    """The folder of a local copy, or of a hub repo: downloaded, resumed, or already there. half: the .fp16 files,
+    where the repo has them, are enough. Raises a one-line ValueError."""
     subfolder = subfolder or ''
     if Path(folder_or_repo).is_dir():
         return Path(folder_or_repo) / subfolder
@@ -143,14 +145,15 @@ def hub_folder(folder_or_repo, subfolder=None, half=False):
     try:
         for variant in (half, not half):
             wanted = ['config.json'] + (['*fp16*'] if variant else ['*.safetensors', '*.safetensors.index.json'])
-            root = snapshot_download(str(folder_or_repo), allow_patterns=[f'{subfolder}/{name}'.lstrip('/') for name in wanted],
-                                     ignore_patterns=['*.bin'] + ([] if variant else ['*fp16*']))
+            wanted = [f'{subfolder}/{name}'.lstrip('/') for name in wanted]
+            root = snapshot_download(str(folder_or_repo), allow_patterns=wanted,
+                                     ignore_patterns=['*.bin'] if variant else ['*.bin', '*fp16*'])
             if any((Path(root) / subfolder).glob('*.safetensors')):
                 break
-    except Exception as error:                          # the client has some ten error types for "no", "not now", "not you"
+    except Exception as error:                          # the client has many types for "no", "not now", "not you"
         raise ValueError(f'cannot download {folder_or_repo} ({type(error).__name__}): accept its licence at '
-                         f'https://huggingface.co/{folder_or_repo} and run `hf auth login`, or pass the folder of a local '
-                         f'copy') from None
+                         f'https://huggingface.co/{folder_or_repo} and run `hf auth login`, or pass the folder of a '
+                         f'local copy') from None
     return Path(root) / subfolder
 
 
@@ -172,9 +175,11 @@ def weight_files(folder, half=False):
 
 
 def read_safetensors(path):
-    """Yields (key, tensor) of a .safetensors file, one at a time. The file is read, not mapped as the safetensors package does:
-    mapped pages stay in memory beside the tensors made of them, which doubles the peak when the wanted dtype is another."""
-    dtypes = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64}
+    """Yields (key, tensor) of a .safetensors file, one at a time. The file is read, not mapped as the safetensors
+    package does: mapped pages stay in memory beside the tensors made of them, which doubles the peak when the wanted
+    dtype is another."""
+    dtypes = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+              'I64': torch.int64}
     try:
         with open(path, 'rb') as file:
             header = json.loads(file.read(min(int.from_bytes(file.read(8), 'little'), Path(path).stat().st_size)))
@@ -184,15 +189,18 @@ def read_safetensors(path):
                 tensor = torch.empty(entry['shape'], dtype=dtypes[entry['dtype']])
                 begin, end = entry['data_offsets']
                 file.seek(start + begin)
-                if end - begin != tensor.nbytes or file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:
+                read = file.readinto(tensor.view(-1).view(torch.uint8).numpy())
+                if not read == end - begin == tensor.nbytes:
                     raise ValueError(f'the file ends within {key}')
                 yield key, tensor
     except Exception as error:                                   # there is no end to what a damaged header can cause
-        raise ValueError(f'{path} is damaged or truncated ({type(error).__name__}: {error}): download it again') from None
+        error = f'{type(error).__name__}: {error}'
+        raise ValueError(f'{path} is damaged or truncated ({error}): download it again') from None
 
 
 def load_weights(module, files, dtype=torch.float32, device='cpu'):
-    """Fills `module` (which may be on the meta device) from safetensors files, strictly. Raises a one-line ValueError."""
+    """Fills `module` (which may be on the meta device) from safetensors files, strictly. Raises a one-line
+    ValueError."""
     state = {}
     for path in files:
         for key, tensor in read_safetensors(path):
@@ -202,17 +210,22 @@ def load_weights(module, files, dtype=torch.float32, device='cpu'):
 
 
 def fill(module, state, source):
-    """Gives `module` the tensors of `state`, themselves, not copies. Raises a ValueError that names `source` and the key."""
+    """Gives `module` the tensors of `state`, themselves, not copies. Raises a ValueError that names `source` and the
+    key."""
     expected = module.state_dict()
     for key, value in state.items():
         if key not in expected:
             raise ValueError(f'{source}: unexpected key {key} {list(value.shape)}, not in {type(module).__name__}')
         if value.shape != expected[key].shape:
-            raise ValueError(f'{source}: {key} has shape {list(value.shape)}, the model needs {list(expected[key].shape)}')
-    missing = [key for key in expected if key not in state]
-    if missing:
-        raise ValueError(f'{source}: missing key {missing[0]}' + f' and {len(missing) - 1} more' * (len(missing) > 1))
+            raise ValueError(f'{source}: {key} has shape {list(value.shape)}, the model needs '
+                             f'{list(expected[key].shape)}')
+    refuse_missing(source, [key for key in expected if key not in state])
     module.load_state_dict(state, strict=True, assign=True)
+
+
+def refuse_missing(source, keys):
+    if keys:
+        raise ValueError(f'{source}: missing key {keys[0]}' + f' and {len(keys) - 1} more' * (len(keys) > 1))
 
 
 # ------------------------------------------------------------------------------------------------- pieces of the U-Net
@@ -228,7 +241,8 @@ class Condition(NamedTuple):
 
 
 def frequencies(width, device):
-    """1 ... 1/10000 in `width` geometric steps, in float32 as in the reference implementation, whatever the model's dtype."""
+    """1 ... 1/10000 in `width` geometric steps, in float32 as in the reference implementation, whatever the model's
+    dtype."""
     return torch.exp(-math.log(10000) * torch.arange(width, dtype=torch.float32, device=device) / width)
 
 
@@ -251,7 +265,8 @@ class Embedding(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Blends a spatial and a temporal branch: a * spatial + (1 - a) * temporal, with a = sigmoid of one learned number."""
+    """Blends a spatial and a temporal branch: a * spatial + (1 - a) * temporal, with a = sigmoid of one learned
+    number."""
 
     def __init__(self):
         super().__init__()
@@ -262,7 +277,8 @@ class Mixer(nn.Module):
 
 
 class TimeConv(nn.Conv3d):
-    """Conv3d of kernel (3, 1, 1), computed on (B, C, T, n) as a Conv2d of kernel (3, 1): the same sums, faster kernels."""
+    """Conv3d of kernel (3, 1, 1), computed on (B, C, T, n) as a Conv2d of kernel (3, 1): the same sums, faster
+    kernels."""
 
     def __init__(self, channels):
         super().__init__(channels, channels, (3, 1, 1), padding=(1, 0, 0))
@@ -274,8 +290,8 @@ class TimeConv(nn.Conv3d):
 
 
 class Residual(nn.Module):
-    """Norm, SiLU, convolution, twice, with the time embedding added between. Works on images (B T, C, h, w), or, where
-    `conv` is TimeConv, along time on (B, C, T, n): the norm's statistics then run over all frames of a clip."""
+    """Norm, SiLU, convolution, twice, with the time embedding added between. Works on images (B T, C, h, w), or,
+    where `conv` is TimeConv, along time on (B, C, T, n): the norm's statistics then run over all frames of a clip."""
 
     def __init__(self, channels_in, channels, time_width, groups, eps, temporal=False):
         super().__init__()
@@ -345,15 +361,15 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # hub: net.0, net.2
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))     # net.0, net.2
 
     def forward(self, x):
         return self.net(x)
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention within a row of tokens, cross-attention to the sample's context, feed-forward. The temporal kind,
-    whose rows run along time, has one more feed-forward in front."""
+    """Self-attention within a row of tokens, cross-attention to the sample's context, feed-forward. The temporal
+    kind, whose rows run along time, has one more feed-forward in front."""
 
     def __init__(self, width, context_width, heads, temporal=False):
         super().__init__()
@@ -374,7 +390,7 @@ class TransformerBlock(nn.Module):
             x = x + self.ff_in(self.norm_in(x))
         x = x + self.attn1(self.norm1(x))
         tokens = x.reshape(len(context), -1, x.shape[-1])                    # (B, all tokens of a sample, C)
-        if context.shape[1] == 1:                     # softmax over one key is 1: query and key play no part in the result
+        if context.shape[1] == 1:                     # softmax over one key is 1, whatever query and key are
             tokens = tokens + self.attn2.to_out(self.attn2.to_v(context))
         else:
             tokens = tokens + self.attn2(self.norm2(tokens), context)
@@ -425,8 +441,9 @@ class Resample(nn.Module):
 
 
 class Level(nn.Module):
-    """The layers of one resolution, on the way down, in the middle or on the way up. A layer is a residual block and, where
-    the level attends, a transformer. `widths`: pairs (channels in, channels out), one for each residual block."""
+    """The layers of one resolution, on the way down, in the middle or on the way up. A layer is a residual block and,
+    where the level attends, a transformer. `widths`: pairs (channels in, channels out), one for each residual
+    block."""
 
     def __init__(self, widths, config, heads, context_width, transformer_layers, attends, eps, down=False, up=False):
         super().__init__()
@@ -456,11 +473,11 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.checkpointing = False                      # True: recompute activations in the backward pass, to save memory
+        self.checkpointing = False                      # True: save memory, recompute activations in the backward pass
         channels = config['block_out_channels']
         levels, layers = len(channels), config['layers_per_block'] + 1
         skips = [channels[0]] + [c for c in channels for _ in range(layers)]     # what the encoder leaves: conv_in, and
-        del skips[-1]                                   # each level's layers and downsampler, which the last level lacks
+        del skips[-1]                                   # each level's layers and downsampler (the last level has none)
         self.up_blocks, width = nn.ModuleList(), channels[-1]
         for i, kind in enumerate(config['up_block_types']):
             level = levels - 1 - i
@@ -480,7 +497,8 @@ class Decoder(nn.Module):
                 yield block, i, i == len(block.resnets) - 1 and len(block.upsamplers) > 0
 
     def layer(self, step, x, skip, next_size, c):
-        """One layer: x (B T, C, h, w) and its skip -> (B T, C', h', w'), at next_size (h', w') if an upsampler follows."""
+        """One layer: x (B T, C, h, w) and its skip -> (B T, C', h', w'), at next_size (h', w') if an upsampler
+        follows."""
         block, i, upsample = step
         x = self.run(block.layer, i, torch.cat([x, skip], 1), c)
         return block.upsamplers[0](x, next_size) if upsample else x
@@ -495,7 +513,8 @@ class Decoder(nn.Module):
 
 
 def per_level(config, level):
-    """(heads, width of a context token, transformer layers) of a level; the hub gives one number, or one for each level."""
+    """(heads, width of a context token, transformer layers) of a level; the hub gives one number, or one for each
+    level."""
     keys = 'num_attention_heads', 'cross_attention_dim', 'transformer_layers_per_block'
     return [value[level] if isinstance(value, (list, tuple)) else value for value in (config[key] for key in keys)]
 
@@ -509,14 +528,15 @@ class UNet(Decoder):
         channels, layers = config['block_out_channels'], config['layers_per_block']
         self.conv_in = nn.Conv2d(config['in_channels'], channels[0], 3, padding=1)
         self.time_embedding = Embedding(channels[0], 4 * channels[0], 4 * channels[0])
-        self.add_embedding = Embedding(config['projection_class_embeddings_input_dim'], 4 * channels[0], 4 * channels[0])
+        ids_width = config['projection_class_embeddings_input_dim']
+        self.add_embedding = Embedding(ids_width, 4 * channels[0], 4 * channels[0])
         self.down_blocks, width = nn.ModuleList(), channels[0]
         for level, kind in enumerate(config['down_block_types']):
             attends = kind.startswith('CrossAttn')
             widths = [(width, channels[level])] + [(channels[level], channels[level])] * (layers - 1)
             width = channels[level]
             self.down_blocks.append(Level(widths, config, *per_level(config, level), layers if attends else 0,
-                                          eps=1e-6 if attends else 1e-5,     # not a slip: the published weights have both
+                                          eps=1e-6 if attends else 1e-5,     # no slip: the published weights have both
                                           down=level < len(channels) - 1))
         self.mid_block = Middle([(width, width)] * 2, config, *per_level(config, -1), 1, eps=1e-5)
 
@@ -541,7 +561,8 @@ class UNet(Decoder):
 
     def encode(self, sample, c):
         """sample (B T, C, h, w) -> features after the middle (B T, C', h', w') and the list of skip connections"""
-        # Channels last: then a row of tokens, an image and a clip are views of each other, and nothing is copied between.
+        # Channels last: then a row of tokens, an image and a clip are views of each other, and nothing is copied
+        # between.
         x = self.conv_in(sample.to(self.conv_in.weight.dtype, memory_format=torch.channels_last))
         skips = [x]
         for block in self.down_blocks:
@@ -557,8 +578,8 @@ class UNet(Decoder):
         """One evaluation of the U-Net.
 
         sample (B, T, C_in, h, w): noisy latents, scaled by c_in, and condition latents; timestep (B,) c_noise;
-        image_embeds (B, L, D); added_time_ids (B, 3): fps id, motion bucket, noise augmentation; frame_index (B, T), 0, 1,
-        2... when None. Returns (B, T, C_out, h, w)."""
+        image_embeds (B, L, D); added_time_ids (B, 3): fps id, motion bucket, noise augmentation; frame_index (B, T),
+        0, 1, 2... when None. Returns (B, T, C_out, h, w)."""
         B, T = sample.shape[:2]
         if frame_index is None:
             frame_index = torch.arange(T, device=sample.device).expand(B, T)
@@ -581,14 +602,14 @@ class CLIPLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.layer_norm1 = nn.LayerNorm(width, eps)
-        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in ('q_proj', 'k_proj', 'v_proj', 'out_proj')})
+        self.self_attn = nn.ModuleDict({f'{name}_proj': nn.Linear(width, width) for name in ('q', 'k', 'v', 'out')})
         self.layer_norm2 = nn.LayerNorm(width, eps)
         self.mlp = nn.ModuleDict({'fc1': nn.Linear(width, hidden), 'fc2': nn.Linear(hidden, width)})
 
     def forward(self, x):
         y = self.layer_norm1(x)
         q, k, v = (self.self_attn[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for name in ('q_proj', 'k_proj', 'v_proj'))                           # (B, heads, tokens, width / heads)
+                   for name in ('q_proj', 'k_proj', 'v_proj'))               # (B, heads, tokens, width / heads)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.self_attn['out_proj'](y)
         return x + self.mlp['fc2'](F.gelu(self.mlp['fc1'](self.layer_norm2(x))))
@@ -596,7 +617,7 @@ class CLIPLayer(nn.Module):
 
 class CLIPImageEncoder(nn.Module):
     """CLIP's vision transformer (ViT-H/14 in SVD): one embedding for an image, from its class token."""
-    keys_to_ignore = ('vision_model.embeddings.position_ids',)          # 0, 1, 2..., stored by older versions of the hub's library
+    keys_to_ignore = ('vision_model.embeddings.position_ids',)          # 0, 1, 2...; older files have it
 
     def __init__(self, config):
         super().__init__()
@@ -604,8 +625,9 @@ class CLIPImageEncoder(nn.Module):
             raise ValueError(f"CLIP config has hidden_act {config['hidden_act']!r}; SVD's encoder has 'gelu'")
         width, patch, eps = config['hidden_size'], config['patch_size'], config['layer_norm_eps']
         self.image_size, tokens = config['image_size'], (config['image_size'] // patch) ** 2 + 1
-        embeddings = nn.ModuleDict({'patch_embedding': nn.Conv2d(config['num_channels'], width, patch, patch, bias=False),
-                                    'position_embedding': nn.Embedding(tokens, width)})
+        embeddings = nn.ModuleDict({
+            'patch_embedding': nn.Conv2d(config['num_channels'], width, patch, patch, bias=False),
+            'position_embedding': nn.Embedding(tokens, width)})
         embeddings.class_embedding = nn.Parameter(torch.zeros(width))
         self.vision_model = nn.ModuleDict({
             'embeddings': embeddings,
@@ -618,11 +640,12 @@ class CLIPImageEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config):
-        """`config`: the contents of the hub's image_encoder/config.json. Raises ValueError for a config of another kind."""
+        """`config`: the contents of the hub's image_encoder/config.json. Raises ValueError for a config of another
+        kind."""
         try:
             return cls(config)
         except KeyError as error:
-            raise ValueError(f'CLIP config lacks the key {error}: is it the config.json of SVD\'s image_encoder?') from None
+            raise ValueError(f"CLIP config lacks the key {error}: is it the config.json of SVD's encoder?") from None
 
     @classmethod
     def from_pretrained(cls, folder_or_repo, subfolder='image_encoder', dtype=torch.float32, device='cpu'):
@@ -643,8 +666,8 @@ class CLIPImageEncoder(nn.Module):
 def clip_preprocess(images, size=224):
     """SVD's preparation of images for CLIP: blur against aliasing, bicubic resize, normalisation.
 
-    images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size) with CLIP's mean and standard deviation. The aspect ratio is not
-    kept: SVD was trained so. The blur is a Gaussian of sigma (H / size - 1) / 2 pixels, cut off at two sigmas."""
+    images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size) with CLIP's mean and standard deviation. The aspect ratio is
+    not kept: SVD was trained so. The blur is a Gaussian of sigma (H / size - 1) / 2 pixels, cut off at two sigmas."""
     for axis in (-2, -1):
         sigma = max((images.shape[axis] / size - 1) / 2, 0.001)
         reach = int(max(4 * sigma, 3)) // 2                             # the kernel has 2 reach + 1 taps
@@ -662,7 +685,8 @@ def clip_preprocess(images, size=224):
 # -------------------------------------------------------------------------------------------------------- the 4D model
 
 def precondition(sigma):
-    """EDM's scalings for v-prediction with sigma_data = 1, as SVD was trained: D_x = c_skip x + c_out F(c_in x; c_noise).
+    """EDM's scalings for v-prediction with sigma_data = 1, as SVD was trained: D_x = c_skip x + c_out F(c_in x;
+    c_noise).
 
     sigma: tensor of noise levels > 0 -> c_skip, c_out, c_in, c_noise, of its shape."""
     total = sigma ** 2 + 1
@@ -670,8 +694,8 @@ def precondition(sigma):
 
 
 def sine_positions(h, w, width, device):
-    """Fixed 2-D positions of latent cells, (h w, width): half the channels tell the row, half the column. An image side is
-    100 units long at every resolution."""
+    """Fixed 2-D positions of latent cells, (h w, width): half the channels tell the row, half the column. An image
+    side is 100 units long at every resolution."""
     row, column = (sinusoid((torch.arange(n, device=device) + 0.5) * (100 / n), width // 2) for n in (h, w))
     return torch.cat([row[:, None].expand(h, w, -1), column[None].expand(h, w, -1)], -1).flatten(0, 1)
 
@@ -684,7 +708,7 @@ class CrossViewAttention(nn.Module):
         self.norm_view = nn.LayerNorm(channels) if norm else None
         self.norm_reference = nn.LayerNorm(channels) if norm else None
         self.attention = Attention(channels, channels, heads, heads * head_dim)
-        nn.init.zeros_(self.attention.to_out[0].weight)         # a freshly built model is exactly SVD: this adds nothing
+        nn.init.zeros_(self.attention.to_out[0].weight)         # it adds nothing at first: a fresh model is exactly SVD
         nn.init.zeros_(self.attention.to_out[0].bias)
 
     def forward(self, x, reference):
@@ -696,19 +720,20 @@ class CrossViewAttention(nn.Module):
         if self.norm_view is not None:
             view, ref = self.norm_view(view), self.norm_reference(ref)
             position = sine_positions(h, w, C, x.device).to(view.dtype)
-        y = self.attention(view + position, (ref + position).repeat(views, 1, 1), ref.repeat(views, 1, 1))   # (M F, n, C)
+        query, key, value = view + position, (ref + position).repeat(views, 1, 1), ref.repeat(views, 1, 1)
+        y = self.attention(query, key, value)                                                      # (M F, n, C)
         return x + y.view(len(x), h, w, C).permute(0, 3, 1, 2)
 
 
 def fresh(unet):
-    """Prepares a U-Net for training from scratch: the last layer of each residual branch starts at zero, so that the network
-    starts as the identity on its features and its output at zero."""
+    """Prepares a U-Net for training from scratch: the last layer of each residual branch starts at zero, so that the
+    network starts as the identity on its features and its output at zero."""
     for module in unet.modules():
-        last = {Residual: 'conv2', VideoTransformer: 'proj_out', Decoder: 'conv_out', UNet: 'conv_out'}.get(type(module))
+        last = {Residual: 'conv2', VideoTransformer: 'proj_out', UNet: 'conv_out'}.get(type(module))
         if last:
             nn.init.zeros_(getattr(module, last).weight)
             nn.init.zeros_(getattr(module, last).bias)
-        if isinstance(module, TimeConv):                # a clip starts as its frames one by one: training begins on those
+        if isinstance(module, TimeConv):                # a clip starts as frames one by one: training begins on those
             nn.init.zeros_(module.weight[:, :, 0])
             nn.init.zeros_(module.weight[:, :, 2])
     return unet
@@ -718,9 +743,10 @@ class Model4D(nn.Module):
     """The paper's model: one encoder and middle for all streams, two decoders, cross-view attention in the second.
 
     mv_attention: 'points' (the method: pointmaps of other views attend to the reference's pointmap), 'none' (w/o MV
-    attention), or, with rgb_only, 'rgb' (SVD w/ MV attention: RGB of other views attends to the reference's RGB, in the only
-    decoder). rgb_only: no pointmaps and no second decoder, plain SVD on every view; 'points' then means 'none'.
-    unet: a U-Net with weights, from which decoder B is copied; None: a fresh one, for training from scratch."""
+    attention), or, with rgb_only, 'rgb' (SVD w/ MV attention: RGB of other views attends to the reference's RGB, in
+    the only decoder). rgb_only: no pointmaps and no second decoder, plain SVD on every view; 'points' then means
+    'none'. unet: a U-Net with weights, from which decoder B is copied; None: a fresh one, for training from
+    scratch."""
 
     def __init__(self, preset, mv_attention='points', rgb_only=False, unet=None):
         super().__init__()
@@ -744,8 +770,8 @@ class Model4D(nn.Module):
             token = torch.randn(1, 1, preset.unet['cross_attention_dim'])
             self.token = nn.Parameter(token.to(weight.device, weight.dtype))
         self.copy_decoder()
-        # One context token: queries and keys of the cross-attention to it play no part (see TransformerBlock), so they are
-        # not trained either; an optimiser and DDP then leave them alone.
+        # One context token: queries and keys of the cross-attention to it play no part (see TransformerBlock), so
+        # they are not trained either; an optimiser and DDP then leave them alone.
         for module in self.modules():
             if isinstance(module, TransformerBlock):
                 for part in (module.norm2, module.attn2.to_q, module.attn2.to_k):
@@ -757,7 +783,8 @@ class Model4D(nn.Module):
         return cls(preset, unet=UNet.from_pretrained(folder_or_repo, 'unet', dtype, device), **switches)
 
     def copy_decoder(self):
-        """Makes decoder B a copy of decoder A as it is now, sharing no storage: call it after loading weights into `unet`."""
+        """Makes decoder B a copy of decoder A as it is now, sharing no storage: call it after loading weights into
+        `unet`."""
         if not self.rgb_only:
             with torch.device('meta'):
                 self.decoder_b = Decoder(self.unet.config)
@@ -776,8 +803,8 @@ class Model4D(nn.Module):
             self.decoder_b.checkpointing = on
 
     def streams(self, views):
-        """Which (view, stream) decoder A writes and which decoder B, in the order of computation. A's first is the one that
-        the other views attend to."""
+        """Which (view, stream) decoder A writes and which decoder B, in the order of computation. A's first is the
+        one that the other views attend to."""
         if self.rgb_only:
             return [(v, 0) for v in range(views)], []
         return [(0, 1)] + [(v, 0) for v in range(views)], [(v, 1) for v in range(1, views)]
@@ -785,9 +812,10 @@ class Model4D(nn.Module):
     def forward(self, noisy, sigma, cond, image_embeds=None, frame_index=None):
         """The clean-latent estimate D_x.
 
-        noisy (B, V, S, T, C, h, w): clean latents + sigma * noise; sigma (B,); cond (B, V, S, C, h, w): latents of the
-        observed frame; image_embeds (B, V, D): CLIP embedding of each view's observed frame, None for presets without CLIP;
-        frame_index (B, T), 0..T-1 when None. S is 2, or 1 with rgb_only. Returns (B, V, S, T, C, h, w)."""
+        noisy (B, V, S, T, C, h, w): clean latents + sigma * noise; sigma (B,); cond (B, V, S, C, h, w): latents of
+        the observed frame; image_embeds (B, V, D): CLIP embedding of each view's observed frame, None for presets
+        without CLIP; frame_index (B, T), 0..T-1 when None. S is 2, or 1 with rgb_only. Returns (B, V, S, T, C, h,
+        w)."""
         B, V, S, T = noisy.shape[:4]
         if S != 2 - self.rgb_only:
             raise ValueError(f'noisy has {S} streams a view, this model has {2 - self.rgb_only}')
@@ -804,11 +832,12 @@ class Model4D(nn.Module):
         if image_embeds is None:
             embeds = self.token.expand(len(sample), -1, -1)                              # (N, 1, D)
         else:
-            embeds = torch.cat([image_embeds[:, v, None] for v, s in streams])           # (N, 1, D): each its own view's
+            embeds = torch.cat([image_embeds[:, v, None] for v, s in streams])           # (N, 1, D), of the own view
         if frame_index is None:
             frame_index = torch.arange(T, device=noisy.device).expand(B, T)
         ids = torch.tensor([FPS_ID, MOTION_BUCKET, NOISE_AUGMENTATION], device=noisy.device).expand(len(sample), 3)
-        c = self.unet.condition(c_noise.flatten().repeat(len(streams)), embeds, ids, frame_index.repeat(len(streams), 1))
+        c = self.unet.condition(c_noise.flatten().repeat(len(streams)), embeds, ids,
+                                frame_index.repeat(len(streams), 1))
         x, skips = self.unet.encode(sample.flatten(0, 1), c)                             # (N T, C', h', w')
 
         # The decoders, layer by layer side by side: B's layer i reads what A's layer i has just written.
@@ -837,10 +866,10 @@ class Model4D(nn.Module):
         return c_skip.to(noisy.dtype) * noisy + c_out.to(noisy.dtype) * F_x
 
 
-# ------------------------------------------------------------------------------------- the authors' released checkpoints
+# ----------------------------------------------------------------------------------- the authors' released checkpoints
 
-# Classes whose pickled instances lie in a training checkpoint beside the weights. They are read as empty shells: nothing of
-# theirs is imported or run.
+# Classes whose pickled instances lie in a training checkpoint beside the weights. They are read as empty shells:
+# nothing of theirs is imported or run.
 INERT_CLASSES = ['omegaconf.dictconfig.DictConfig', 'omegaconf.listconfig.ListConfig', 'omegaconf.nodes.AnyNode',
                  'omegaconf.base.ContainerMetadata', 'omegaconf.base.Metadata', 'typing.Any',
                  'pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint',
@@ -858,8 +887,8 @@ class Inert:
 
 
 def read_checkpoint(path):
-    """The state dict of a PyTorch or PyTorch-Lightning checkpoint, memory-mapped, without running what is pickled in it.
-    Raises a one-line ValueError when the file is damaged or asks for a class that is not listed above."""
+    """The state dict of a PyTorch or PyTorch-Lightning checkpoint, memory-mapped, without running what is pickled in
+    it. Raises a one-line ValueError when the file is damaged or asks for a class that is not listed above."""
     known = [(type(name.rpartition('.')[2], (Inert,), {}), name) for name in INERT_CLASSES]
     try:
         with torch.serialization.safe_globals(known + [collections.defaultdict, dict, list, int]):
@@ -868,8 +897,8 @@ def read_checkpoint(path):
         raise ValueError(f'{path} does not exist') from None
     except pickle.UnpicklingError:
         foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(INERT_CLASSES)
-        raise ValueError(f'{path} holds pickled {", ".join(sorted(foreign)) or "objects"}, which are not loaded for safety: '
-                         f'save only its state_dict, on a machine where you trust the file') from None
+        raise ValueError(f'{path} holds pickled {", ".join(sorted(foreign)) or "objects"}, not loaded for safety: save '
+                         f'only its state_dict, on a machine where you trust the file') from None
     except (RuntimeError, OSError, EOFError) as error:
         raise ValueError(f'{path} is damaged or no PyTorch checkpoint ({str(error).splitlines()[0]})') from None
     state = file.get('state_dict', file) if isinstance(file, dict) else None
@@ -878,8 +907,9 @@ def read_checkpoint(path):
     return state
 
 
-RESIDUAL_NAMES = {'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1', 'norm2': 'out_layers.0',
-                  'conv2': 'out_layers.3', 'conv_shortcut': 'skip_connection'}
+RESIDUAL_NAMES = {'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1',
+                  'norm2': 'out_layers.0', 'conv2': 'out_layers.3', 'conv_shortcut': 'skip_connection'}
+BRANCH_NAMES = {'spatial_res_block': '', 'temporal_res_block': 'time_stack.', 'time_mixer': 'time_mixer.'}
 OUTER_NAMES = {'conv_in': 'input_blocks.0.0', 'conv_norm_out': 'out.0', 'conv_out': 'out.2',
                'time_embedding.linear_1': 'time_embed.0', 'time_embedding.linear_2': 'time_embed.2',
                'add_embedding.linear_1': 'label_emb.0.0', 'add_embedding.linear_2': 'label_emb.0.2',
@@ -889,7 +919,8 @@ OUTER_NAMES = {'conv_in': 'input_blocks.0.0', 'conv_norm_out': 'out.0', 'conv_ou
 
 def sgm_names(unet):
     """{our key: its name in sgm, the code base that SVD was trained with}. sgm numbers the U-Net's layers in one row:
-    input_blocks.k, middle_block.k and output_blocks.k, each with residual block, transformer and resampler as .0, .1, .2."""
+    input_blocks.k, middle_block.k and output_blocks.k, each with residual block, transformer and resampler as .0, .1,
+    .2."""
     outer, per_level = dict(OUTER_NAMES), unet.config['layers_per_block']
     for level, block in enumerate(unet.down_blocks):
         first = 1 + level * (per_level + 1)
@@ -910,10 +941,8 @@ def sgm_names(unet):
         ours = next(name for name in outer if key.startswith(name + '.'))
         rest = key[len(ours) + 1:]
         if '.resnets.' in ours:
-            branch, _, rest = rest.partition('.')                            # spatial_res_block, temporal_res_block, time_mixer
-            piece, _, kind = rest.partition('.')
-            rest = {'spatial_res_block': '', 'temporal_res_block': 'time_stack.', 'time_mixer': 'time_mixer.'}[branch] + (
-                f'{RESIDUAL_NAMES[piece]}.{kind}' if kind else piece)
+            branch, piece, *kind = rest.split('.')                  # time_mixer.mix_factor has no third part
+            rest = BRANCH_NAMES[branch] + '.'.join([RESIDUAL_NAMES.get(piece, piece), *kind])
         elif '.attentions.' in ours:
             rest = rest.replace('temporal_transformer_blocks.', 'time_stack.')
             rest = rest.replace('time_pos_embed.linear_1', 'time_pos_embed.0').replace('time_pos_embed.linear_2',
@@ -923,29 +952,30 @@ def sgm_names(unet):
 
 
 def load_released(path, preset=PRESETS['svd'], dtype=torch.float32, device='cpu', prefix='model.diffusion_model.'):
-    """A Model4D with the weights of a checkpoint in the layout of the authors' release (Zeyi/4dgen-ckpts, 4dgen.ckpt).
+    """A Model4D with the weights of a checkpoint in the layout of the authors' release (Zeyi/4dgen-ckpts,
+    4dgen.ckpt).
 
-    The U-Net's keys are known exactly. Of the rest we know only what its code says, and assume this much: a second decoder,
-    if stored, repeats output_blocks (and out) under another name; the cross-view attention is one to_q, to_k, to_v, to_out.0
-    for each decoder layer, in the order of their names, with no norm in front. A key that fits neither is an error.
+    The U-Net's keys are known exactly. Of the rest we know only what its code says, and assume this much: a second
+    decoder, if stored, repeats output_blocks (and out) under another name; the cross-view attention is one to_q,
+    to_k, to_v, to_out.0 for each decoder layer, in the order of their names, with no norm in front. A key that fits
+    neither is an error.
 
-    What differs from the authors' code when these weights run here: their two decoders were one (a shallow copy), so A and B
-    start equal; each stream sees its own view's image embedding, where theirs were mixed up between views; guidance is 1, as
-    it was in effect there. Raises a one-line ValueError that names the key."""
+    What differs from the authors' code when these weights run here: their two decoders were one (a shallow copy), so
+    A and B start equal; each stream sees its own view's image embedding, where theirs were mixed up between views;
+    guidance is 1, as it was in effect there. Raises a one-line ValueError that names the key."""
     state = {key[len(prefix):]: value for key, value in read_checkpoint(path).items() if key.startswith(prefix)}
     with torch.device('meta'):
         unet = UNet.from_config(preset.unet)
     layers, names = len(list(unet.layers())), sgm_names(unet)
-    missing = [name for name in names.values() if name not in state]
-    if missing:
-        raise ValueError(f'{path}: missing key {prefix}{missing[0]}' + f' and {len(missing) - 1} more' * (len(missing) > 1))
+    refuse_missing(path, [prefix + name for name in names.values() if name not in state])
     state = {name: value.to(device, dtype) for name, value in state.items()}
 
-    # Sort what is not the U-Net's: by the part of its name after the first dot, or by being a projection of an attention.
+    # Sort what is not the U-Net's: by the part of its name after the first dot, or by being a projection of an
+    # attention.
     decoder_a = {name.partition('.')[2]: key for key, name in names.items() if re.match(r'(output_blocks|out)\.', name)}
     decoder_b, attentions, unknown = {}, {}, []
     for name in sorted(set(state) - set(names.values()), key=natural):
-        projection = re.fullmatch(r'(.+)\.(to_q\.weight|to_k\.weight|to_v\.weight|to_out\.0\.weight|to_out\.0\.bias)', name)
+        projection = re.fullmatch(r'(.+)\.(to_[qkv]\.weight|to_out\.0\.weight|to_out\.0\.bias)', name)
         if name.partition('.')[2] in decoder_a:
             decoder_b['decoder_b.' + decoder_a[name.partition('.')[2]]] = state[name]
         elif projection:

@@ -1,11 +1,12 @@
 """Our U-Net beside diffusers' on the CPU: time and peak memory of forward and of forward + backward, in one run.
 
-    pip install diffusers && python tests/bench_cpu.py [--threads 2] [--rounds 3] [--size 32 40] [--channels 64 128 256 256]
+    pip install diffusers && python tests/bench_cpu.py [--threads 2] [--rounds 3] [--size 32 40] [--channels 64 128
+    256 256]
 
-Every measurement runs in a process of its own and the two implementations take turns, so that neither gains from a warm cache
-or a quiet minute. Time is the median of all runs, wall clock and CPU seconds; memory is the process's peak beyond what it held
-with the weights in. Weights and inputs are the same in both, so their outputs are compared as well. Expected: all ratios <= 1.
-"""
+Every measurement runs in a process of its own and the two implementations take turns, so that neither gains from a
+warm cache or a quiet minute. Time is the median of all runs, wall clock and CPU seconds; memory is the process's peak
+beyond what it held with the weights in. Weights and inputs are the same in both, so their outputs are compared as
+well. Expected: all ratios <= 1. """
 import argparse
 import json
 import os
@@ -18,10 +19,11 @@ from pathlib import Path
 
 def unet_config(channels):
     cross = ['CrossAttnDownBlockSpatioTemporal'] * (len(channels) - 1) + ['DownBlockSpatioTemporal']
-    return dict(in_channels=8, out_channels=4, block_out_channels=channels, layers_per_block=2, cross_attention_dim=1024,
-                num_attention_heads=[c // 64 for c in channels], transformer_layers_per_block=1, down_block_types=cross,
-                up_block_types=[name.replace('Down', 'Up') for name in cross[::-1]], addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=768, num_frames=10, sample_size=40)
+    return dict(in_channels=8, out_channels=4, block_out_channels=channels, layers_per_block=2,
+                num_attention_heads=[c // 64 for c in channels], transformer_layers_per_block=1,
+                cross_attention_dim=1024, addition_time_embed_dim=256, projection_class_embeddings_input_dim=768,
+                down_block_types=cross, up_block_types=[name.replace('Down', 'Up') for name in cross[::-1]],
+                num_frames=10, sample_size=40)
 
 
 def memory(field):
@@ -46,7 +48,8 @@ def measure(args):
         unet = UNet.from_config(config)
     with torch.no_grad():                              # the same weights whatever the order in which modules were made
         for name, p in sorted(unet.named_parameters()):
-            p.copy_(torch.randn(p.shape) / max(p[0].numel(), 1) ** 0.5 if p.ndim > 1 else 1 + 0.1 * torch.randn(p.shape))
+            values = torch.randn(p.shape)
+            p.copy_(values / p[0].numel() ** 0.5 if p.ndim > 1 else 1 + 0.1 * values)
     inputs = (torch.randn(1, args.frames, 8, *args.size), torch.tensor([0.7]), torch.randn(1, 1, 1024),
               torch.tensor([[6.0, 127.0, 0.02]]))
     backward = args.mode == 'forward+backward'
@@ -103,7 +106,7 @@ def main():
             runs = results[mode, child]
             rows[child] = [statistics.median(t for run in runs for t in run['wall']),
                            statistics.median(t for run in runs for t in run['cpu']), max(run['memory'] for run in runs)]
-            print(f'{mode:18s}{child:10s}' + '{:10.3f}{:10.3f}{:10.0f}'.format(*rows[child]) + f'{runs[0]["norm"]:14.6f}')
+            print('{:18s}{:10s}{:10.3f}{:10.3f}{:10.0f}{:14.6f}'.format(mode, child, *rows[child], runs[0]['norm']))
         ratios = [ours / theirs for ours, theirs in zip(rows['ours'], rows['diffusers'])]
         print(f'{mode:18s}{"ratio":10s}' + '{:10.3f}{:10.3f}{:10.3f}'.format(*ratios))
 

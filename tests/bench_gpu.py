@@ -3,10 +3,9 @@
     python tests/bench_gpu.py [--preset svd] [--views 2] [--steps 25 8] [--compile] [--skip_training]
     python tests/bench_gpu.py --preset tiny --device cpu            # does the script itself work?
 
-Weights are random (nothing is downloaded): each layer keeps the scale of its input, so that rounding errors are those of a
-trained network in kind. Goals on an H200: a rollout of 2 views x 10 frames, from observation to decoded frames, in 3 s at 25
-steps and 1 s at 8 (published: 30 s on an RTX 4090); training within 48 GB.
-"""
+Weights are random (nothing is downloaded): each layer keeps the scale of its input, so that rounding errors are those
+of a trained network in kind. Goals on an H200: a rollout of 2 views x 10 frames, from observation to decoded frames,
+in 3 s at 25 steps and 1 s at 8 (published: 30 s on an RTX 4090); training within 48 GB. """
 import argparse
 import sys
 import time
@@ -112,7 +111,8 @@ def rollout(preset, views, all_steps, device, compiled):
             x = clock('sample', S.sample_latents, model, cond, embeds, FRAMES, steps if warm else 2)
             clock('decode', S.decode, model, vaes, x)
         parts = ', '.join(f'{name} {seconds:.3f}' for name, seconds in clock.seconds.items())
-        print(f'rollout     {steps:2d} steps, {views} views x {FRAMES} frames: {sum(clock.seconds.values()):.3f} s ({parts}; '
+        total = sum(clock.seconds.values())
+        print(f'rollout     {steps:2d} steps, {views} views x {FRAMES} frames: {total:.3f} s ({parts}; '
               f'{clock.seconds["sample"] / steps * 1e3:.1f} ms a step), peak memory {peak(device):.1f} GiB')
 
 
@@ -120,7 +120,8 @@ def training(preset, views, device, compiled):
     """Steps of one clip: float32 weights, bfloat16 autocast, activation checkpointing, AdamW."""
     model = build(preset, torch.float32, device)[0].train()
     model.checkpointing = True
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=device.type == 'cuda')
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == 'cuda')
     inputs = latents(preset, views, device)
     step_model = torch.compile(model) if compiled else model
     for step in range(4):

@@ -1,9 +1,8 @@
 """Stable Video Diffusion, exactly: parity with the reference implementations, the published sizes, and loading.
 
-tests/data/golden.* hold float64 outputs of diffusers' and transformers' modules. Weights and inputs are not stored: `fill` makes
-them again from the parameters' names. Where diffusers and transformers are installed, another random configuration is compared
-with them directly on every run.
-"""
+tests/data/golden.* hold float64 outputs of diffusers' and transformers' modules. Weights and inputs are not stored:
+`fill` makes them again from the parameters' names. Where diffusers and transformers are installed, another random
+configuration is compared with them directly on every run. """
 import gzip
 import json
 import os
@@ -69,8 +68,9 @@ UNET_CASES = dict(one=((1, 3, 8, 8, 12), 1, [1.6377], [[6, 127, 0.02]]),
 def golden_frequencies(width, device):
     """The sinusoids' frequencies as the computer of the golden file rounded them.
 
-    float32 exp differs between processors by one unit in the last place, at one or two of these 32 numbers, and the whole network
-    in float64 shows it (3e-9). There, number 11 of 32 (0.496 units above its neighbour below) was rounded up; the others correctly."""
+    float32 exp differs between processors by one unit in the last place, at one or two of these 32 numbers, and the
+    whole network in float64 shows it (3e-9). There, number 11 of 32 (0.496 units above its neighbour below) was
+    rounded up; the others correctly."""
     exact = torch.exp((-np.log(10000) * torch.arange(32, dtype=torch.float32) / 32).double()).float()
     exact[11] = torch.nextafter(exact[11], torch.tensor(1.0))
     return exact[::32 // width].to(device)
@@ -78,7 +78,7 @@ def golden_frequencies(width, device):
 
 @pytest.mark.parametrize('case', UNET_CASES)
 def test_unet_golden(case, monkeypatch):
-    for width in (8, 16, 32):                                 # the pinned table is float32's, to one unit in the last place
+    for width in (8, 16, 32):                   # the pinned table is float32's, to one unit in the last place
         assert torch.allclose(golden_frequencies(width, 'cpu'), model.frequencies(width, 'cpu'), rtol=1.2e-7, atol=0)
     monkeypatch.setattr(model, 'frequencies', golden_frequencies)
     shape, tokens, timestep, ids = UNET_CASES[case]
@@ -125,7 +125,8 @@ def test_sampler_golden(steps):
 
 
 def test_precondition():
-    """The scheduler's v-prediction: x0 = x / (sigma^2 + 1) - sigma F / sqrt(sigma^2 + 1), input x / sqrt(sigma^2 + 1)."""
+    """The scheduler's v-prediction: x0 = x / (sigma^2 + 1) - sigma F / sqrt(sigma^2 + 1), input x / sqrt(sigma^2 +
+    1)."""
     sigma = torch.tensor([0.002, 0.5, 1.0, 30.0, 700.0], dtype=torch.float64)
     c_skip, c_out, c_in, c_noise = precondition(sigma)
     clean, noise = torch.randn(2, 5, dtype=torch.float64)
@@ -136,7 +137,7 @@ def test_precondition():
     assert difference(c_noise, sigma.log() / 4) == 0
 
 
-# ------------------------------------------------------------------------------------------- the published sizes and keys
+# ------------------------------------------------------------------------------------- the published sizes and keys
 
 def shapes(module):
     return {key: list(value.shape) for key, value in module.state_dict().items()}
@@ -162,13 +163,14 @@ def test_full_size_4d():
         released = Model4D(model.dataclasses.replace(PRESETS['svd'], view_norm=False))
     assert count(full.unet) == 1_524_623_082
     assert count(full.decoder_b) == 855_167_705
-    assert count(full.decoder_b.up_blocks) == count(full.unet.up_blocks) and len(full.decoder_b.up_blocks.state_dict()) == 795
+    assert count(full.decoder_b.up_blocks) == count(full.unet.up_blocks)
+    assert len(full.decoder_b.up_blocks.state_dict()) == 795
     widths = [1280] * 6 + [640] * 3 + [320] * 3
     assert [layer.attention.to_q.in_features for layer in full.cross_view] == widths
     assert count(released.cross_view) == sum(4 * 512 * width + width for width in widths) == 21_637_440
     assert count(full.cross_view) == 21_637_440 + sum(4 * width for width in widths)
     assert round(count(full) / 1e9, 2) == 2.40
-    with torch.device('meta'):                                # the ablations' published sizes: 2.38 B, 1.54 B with and without
+    with torch.device('meta'):                                # the ablations' published sizes: 2.38 B and 1.54 B
         assert count(Model4D(PRESETS['svd'], mv_attention='none')) == 1_524_623_082 + 855_167_705
         assert count(Model4D(PRESETS['svd'], rgb_only=True)) == 1_524_623_082
 
@@ -192,7 +194,8 @@ def write_hub(folder, state, name='diffusion_pytorch_model.safetensors', config=
 
 
 def same_weights(module, state, dtype):
-    return all(value.dtype == dtype and torch.equal(value, state[key].to(dtype)) for key, value in module.state_dict().items())
+    return all(value.dtype == dtype and torch.equal(value, state[key].to(dtype))
+               for key, value in module.state_dict().items())
 
 
 def test_load_layouts(tmp_path):
@@ -226,7 +229,8 @@ def memory(field):
     return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(field)) * 1024
 torch.zeros(9, 9) @ torch.zeros(9, 9)
 before = memory('VmRSS')
-preset = model.Preset('', 0, 0, unet=json.loads(pathlib.Path(sys.argv[2], 'unet/config.json').read_text()), vae={}, clip={})
+config = json.loads(pathlib.Path(sys.argv[2], 'unet/config.json').read_text())
+preset = model.Preset('', 0, 0, unet=config, vae={}, clip={})
 full = model.Model4D.from_pretrained(preset, sys.argv[2], getattr(torch, sys.argv[3]))
 weights = sum(p.nbytes for p in full.parameters())
 print((memory('VmHWM') - before) / weights, weights)
@@ -236,15 +240,16 @@ print((memory('VmHWM') - before) / weights, weights)
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='peak memory is read from /proc')
 @pytest.mark.parametrize('stored, wanted', [(torch.float32, 'bfloat16'), (torch.float16, 'float16')])
 def test_load_holds_one_copy(tmp_path, stored, wanted):
-    """Peak memory of loading the whole 4D model is its weights plus one tensor, whatever the dtypes. NANO4DGEN_FULL=1: at the
-    full 2.40 B parameters (needs 7 GB of disk and of memory)."""
+    """Peak memory of loading the whole 4D model is its weights plus one tensor, whatever the dtypes.
+    NANO4DGEN_FULL=1: at the full 2.40 B parameters (needs 7 GB of disk and of memory)."""
     config = PRESETS['svd'].unet
     if not os.environ.get('NANO4DGEN_FULL'):
-        config = dict(config, block_out_channels=[96, 192, 384, 384], num_attention_heads=[3, 6, 12, 12])
+        config = dict(config, block_out_channels=[64, 128, 256, 256], num_attention_heads=[1, 2, 4, 4])
     with torch.device('meta'):
         unet = UNet.from_config(config)
-    write_hub(tmp_path / 'unet', {key: torch.ones(value.shape, dtype=stored) for key, value in unet.state_dict().items()},
-              config=config)
+    ones = {key: torch.ones(value.shape, dtype=stored) for key, value in unet.state_dict().items()}
+    write_hub(tmp_path / 'unet', ones, config=config)
+    del ones
     done = subprocess.run([sys.executable, '-c', LOAD_ALONE, str(Path(model.__file__).parent), str(tmp_path), wanted],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -256,7 +261,7 @@ def test_load_holds_one_copy(tmp_path, stored, wanted):
 def test_load_image_encoder_and_vae(tmp_path):
     from vae import VAE
     clip = filled(CLIPImageEncoder.from_config(CONFIGS['clip'])).float()
-    state = {**clip.state_dict(), 'vision_model.embeddings.position_ids': torch.arange(257)[None]}     # as old files have it
+    state = {**clip.state_dict(), 'vision_model.embeddings.position_ids': torch.arange(257)[None]}      # in old files
     write_hub(tmp_path / 'image_encoder', state, 'model.fp16.safetensors', CONFIGS['clip'])
     loaded = CLIPImageEncoder.from_pretrained(tmp_path)
     assert same_weights(loaded, clip.state_dict(), torch.float32)
@@ -275,7 +280,7 @@ def broken(folder, state, change):
 
 
 @pytest.mark.parametrize('change, words', [
-    (lambda s: s.pop('mid_block.resnets.1.time_mixer.mix_factor'), ['missing', 'mid_block.resnets.1.time_mixer.mix_factor']),
+    (lambda s: s.pop('mid_block.resnets.1.time_mixer.mix_factor'), ['missing', 'resnets.1.time_mixer.mix_factor']),
     (lambda s: s.update({'conv_in.extra': torch.zeros(2)}), ['unexpected', 'conv_in.extra']),
     (lambda s: s.update({'conv_in.bias': torch.zeros(7)}), ['conv_in.bias', '[7]', '[32]'])])
 def test_load_wrong_keys(tmp_path, change, words):
@@ -299,7 +304,8 @@ def test_load_broken_files(tmp_path):
         with pytest.raises(ValueError) as error:
             UNet.from_pretrained(tmp_path)
         assert one_line(error, str(path), 'damaged')
-    for damage in (b'\xff' * 8 + whole[8:], whole[:8] + b'[1]' + whole[11:], whole.replace(b'F32', b'X32', 1), os.urandom(5000)):
+    for damage in (b'\xff' * 8 + whole[8:], whole[:8] + b'[1]' + whole[11:], whole.replace(b'F32', b'X32', 1),
+                   os.urandom(5000)):
         path.write_bytes(damage)
         with pytest.raises(ValueError) as error:
             UNet.from_pretrained(tmp_path)
@@ -308,7 +314,8 @@ def test_load_broken_files(tmp_path):
     with pytest.raises(ValueError) as error:
         UNet.from_pretrained(tmp_path)
     assert one_line(error, str(folder), 'safetensors')
-    (folder / 'diffusion_pytorch_model.safetensors.index.json').write_text('{"weight_map": {"conv_in.bias": "gone.safetensors"}}')
+    index = folder / 'diffusion_pytorch_model.safetensors.index.json'
+    index.write_text('{"weight_map": {"conv_in.bias": "gone.safetensors"}}')
     with pytest.raises(ValueError) as error:
         UNet.from_pretrained(tmp_path)
     assert one_line(error, 'gone.safetensors')
@@ -336,7 +343,10 @@ def test_load_unreachable_hub(monkeypatch):
     import huggingface_hub
 
     def refuse(*args, **kwargs):
-        raise huggingface_hub.errors.GatedRepoError('403 Client Error\n(Request ID: ...)', response=None) if gated else OSError('x')
+        if gated:
+            raise huggingface_hub.errors.GatedRepoError('403 Client Error\n(Request ID: ...)', response=None)
+        raise OSError('no route\nto host')
+
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', refuse)
     for gated in (True, False):
         with pytest.raises(ValueError) as error:
@@ -345,7 +355,8 @@ def test_load_unreachable_hub(monkeypatch):
 
 
 def test_load_from_mock_hub(tmp_path, monkeypatch):
-    """A repo name goes through snapshot_download; only the wanted variant is asked for, the other when that is not there."""
+    """A repo name goes through snapshot_download; only the wanted variant is asked for, the other when that is not
+    there."""
     import fnmatch
     import shutil
 
@@ -359,7 +370,9 @@ def test_load_from_mock_hub(tmp_path, monkeypatch):
         local = tmp_path / 'cache'
         for path in remote.rglob('*.*'):
             name = str(path.relative_to(remote))
-            if any(fnmatch.fnmatch(name, p) for p in allow_patterns) and not any(fnmatch.fnmatch(name, p) for p in ignore_patterns):
+            allowed, ignored = (any(fnmatch.fnmatch(name, p) for p in patterns)
+                                for patterns in (allow_patterns, ignore_patterns))
+            if allowed and not ignored:
                 (local / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, local / name)
         return str(local)
@@ -368,7 +381,7 @@ def test_load_from_mock_hub(tmp_path, monkeypatch):
     assert len(asked) == 1
     shutil.rmtree(tmp_path / 'cache')
     assert same_weights(UNet.from_pretrained('owner/name', dtype=torch.bfloat16), small_state(), torch.bfloat16)
-    assert len(asked) == 3                                    # no .fp16 files there: asked a second time, for the full ones
+    assert len(asked) == 3                                    # no .fp16 files there: asked again, for the full ones
 
 
 # ------------------------------------------------------------------------------------ the authors' released checkpoints
@@ -390,7 +403,8 @@ def sgm_keys(channels=(320, 640, 1280, 1280), blocks=2, attention=(True, True, T
         add(prefix, 'norm', 'proj_in', 'proj_out', 'time_pos_embed.0', 'time_pos_embed.2')
         keys.append(f'{prefix}.time_mixer.mix_factor')
         for block in ('transformer_blocks.0', 'time_stack.0'):
-            add(f'{prefix}.{block}', 'norm1', 'norm2', 'norm3', 'ff.net.0.proj', 'ff.net.2', 'attn1.to_out.0', 'attn2.to_out.0')
+            add(f'{prefix}.{block}', 'norm1', 'norm2', 'norm3', 'ff.net.0.proj', 'ff.net.2', 'attn1.to_out.0',
+                'attn2.to_out.0')
             add(f'{prefix}.{block}', *[f'attn{i}.to_{x}' for i in (1, 2) for x in 'qkv'], bias=False)
         add(f'{prefix}.time_stack.0', 'norm_in', 'ff_in.net.0.proj', 'ff_in.net.2')
 
@@ -439,7 +453,8 @@ RELEASED = model.Preset('released', 64, 64, unet=SMALL, vae={}, clip={}, view_he
 
 
 def released_state(second_decoder=False, attention=True):
-    """A small checkpoint in the released layout: random weights under sgm's names, and some of the other things in there."""
+    """A small checkpoint in the released layout: random weights under sgm's names, and some of the other things in
+    there."""
     unet = UNet.from_config(SMALL)
     names = model.sgm_names(unet)
     assert sorted(names.values()) == sorted(sgm_keys([32, 32], 1, [True, False]))
@@ -511,7 +526,8 @@ def test_released_pickle_runs_nothing(tmp_path, monkeypatch):
     """Code in a pickle is refused; the settings objects that training checkpoints carry are read as empty shells."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as error:
-        model.load_released(write_released(tmp_path / 'evil.ckpt', released_state(), hyper_parameters=Shell()), RELEASED)
+        path = write_released(tmp_path / 'evil.ckpt', released_state(), hyper_parameters=Shell())
+        model.load_released(path, RELEASED)
     assert one_line(error, 'system')
     assert not (tmp_path / 'pwned').exists()
     # A class of omegaconf's, pickled without omegaconf installed: the name is put into the archive by hand.
@@ -532,13 +548,14 @@ class Settings:
         self.learning_rate = 1e-5
 
 
-# ----------------------------------------------------------------------------------------- beside the reference libraries
+# ------------------------------------------------------------------------------------ beside the reference libraries
 
 @torch.no_grad()
 def randomise(module, generator):
     """Every parameter random and non-zero, norms, biases and mixers included."""
     for name, p in module.named_parameters():
-        p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * (0.3 if p.ndim < 2 else p[0].numel() ** -0.5))
+        scale = 0.3 if p.ndim < 2 else p[0].numel() ** -0.5
+        p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * scale)
         if 'norm' in name and name.endswith('weight'):
             p.add_(1)
     return module.eval()
@@ -599,8 +616,9 @@ def test_vae_beside_diffusers(generator):
     peer = pytest.importorskip('diffusers')
     from vae import VAE
     widths = draw(generator, [32, 64], [32, 32, 64], [64, 32, 32])
-    config = dict(in_channels=3, out_channels=3, down_block_types=['DownEncoderBlock2D'] * len(widths), block_out_channels=widths,
-                  layers_per_block=draw(generator, 1, 2), latent_channels=4, sample_size=32, scaling_factor=0.18215)
+    config = dict(in_channels=3, out_channels=3, block_out_channels=widths,
+                  down_block_types=['DownEncoderBlock2D'] * len(widths), layers_per_block=draw(generator, 1, 2),
+                  latent_channels=4, sample_size=32, scaling_factor=0.18215)
     theirs = randomise(peer.AutoencoderKLTemporalDecoder(**config).double(), generator)
     ours = VAE.from_config(dict(theirs.config)).double()
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -615,7 +633,8 @@ def test_vae_beside_diffusers(generator):
 def test_clip_beside_transformers(generator):
     peer = pytest.importorskip('transformers')
     heads = draw(generator, 1, 2, 4)
-    config = dict(CONFIGS['clip'], hidden_size=16 * heads, num_attention_heads=heads, num_hidden_layers=draw(generator, 1, 2))
+    config = dict(CONFIGS['clip'], hidden_size=16 * heads, num_attention_heads=heads,
+                  num_hidden_layers=draw(generator, 1, 2))
     theirs = randomise(peer.CLIPVisionModelWithProjection(peer.CLIPVisionConfig(**config)).double(), generator)
     ours = CLIPImageEncoder.from_config(config).double()
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if k not in ours.keys_to_ignore}, strict=True)
