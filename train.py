@@ -10,7 +10,7 @@ Stopped and started again with the same command, it goes on where it was. Writes
 model.json (the averaged weights; sample.py reads these), resume.safetensors (everything to go on), log.jsonl, loss.png,
 sheet_STEP.png. Stage 1, the data and the two VAEs, runs first where its outputs are missing.
 
-The loss (arXiv 2507.01099, eq. 4): for each stream the denoiser's error on clean latents, weighted by noise level,
+The loss (arXiv 2507.01099): for each stream the denoiser's error on clean latents, weighted by noise level,
     L = sum over frames of  L_diff(RGB of every view) + lambda * L_3D-diff(pointmaps of every view, in the reference's frame).
 
 Letters   B samples, V views, S streams (0 RGB, 1 pointmap), T frames, C latent channels, h w latent cells, H W pixels
@@ -26,6 +26,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,8 @@ from vae import Muon, Stop, choose_preset
 #   single         share of the steps spent on single frames first, single_batch pairs of views each: what teaches the geometry is
 #                  the number of view pairs seen, and one frame shows the same pair as ten do, at a tenth of the price
 #   batch          clips a step and process, after that
-#   muon_lr        learning rate of the weight matrices under Muon, 0: AdamW for everything, as in the paper. From scratch Muon needs
-#                  half of AdamW's steps (README); lr is AdamW's, for all the rest
+#   muon_lr        learning rate of the weight matrices under Muon, 0: AdamW for everything, as in the paper. From scratch Muon
+#                  learns faster (README has the measurement); lr is AdamW's, for all the rest
 #   P_mean, P_std  ln(sigma) ~ N(P_mean, P_std^2). The pretrained U-Net keeps SVD's. From scratch more noise is needed: at low
 #                  noise the noisy target itself tells where the other camera is, and the cross-view attention has nothing to learn
 DEFAULTS = {
@@ -166,12 +167,12 @@ def training_state(model, average, optimizers):
 
 
 def resume(path, model, average, optimizers):
-    """Put a saved training state back; returns the number of steps it had done."""
+    """Put a saved training state back; returns the number of steps it had done, and the settings it had been started with."""
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     parameters = dict(model.named_parameters())
     try:
         with safe_open(path, "pt") as file:
-            step = json.loads(file.metadata()["step"])
+            step, before = (json.loads(file.metadata()[key]) for key in ("step", "args"))
             weights = {}
             for key in file.keys():
                 part, name = key.split(".", 1)
@@ -186,11 +187,11 @@ def resume(path, model, average, optimizers):
                     # AdamW counts its steps on the CPU
                     owner[p].state[p][entry] = value if entry == "step" else value.to(p.device)
         model.load_state_dict(weights)
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
         message = str(error).splitlines()[0]
         raise ValueError(f"{path} can't be resumed ({type(error).__name__}: {message}); it belongs to other settings or is damaged: "
                          "use another --out, or delete it to start again") from None
-    return step
+    return step, before
 
 
 def cut_log(log_file, step):
@@ -372,7 +373,10 @@ def main():
             report(args, M.Model4D(preset, args.mv_attention, args.rgb_only), rank)
         return
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # the other processes wait while the first does stage 1, which can take hours
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
     stage_one(args, rank)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -399,9 +403,14 @@ def main():
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     average = {name: p.detach().clone() for name, p in raw_model.named_parameters()} if args.ema else {}
     resume_file, log_file = out / "resume.safetensors", out / "log.jsonl"
-    step = resume(resume_file, raw_model, average, optimizers) if resume_file.exists() else 0
-    if rank == 0 and step:
-        cut_log(log_file, step)
+    step = 0
+    if resume_file.exists():
+        step, before = resume(resume_file, raw_model, average, optimizers)
+        changed = [f"{name} {before[name]} -> {value}" for name, value in vars(args).items()
+                   if name in before and json.dumps(before[name]) != json.dumps(value) and name != "stop_after"]
+        if rank == 0:
+            print(f"going on at step {step} of {resume_file}" + (", with changed settings: " + ", ".join(changed) if changed else ""))
+            cut_log(log_file, step)
     model = raw_model
     if world > 1:
         model = DistributedDataParallel(raw_model, device_ids=[local] if device.type == "cuda" else None)
@@ -440,7 +449,7 @@ def main():
                     vae=os.path.relpath(args.vae, out), step=step, task=args.task, seed=args.seed)
         (out / "model.json.partial").write_text(json.dumps(info, indent=1))
         os.replace(out / "model.json.partial", out / "model.json")
-        save(resume_file, training_state(raw_model, average, optimizers), step=step)
+        save(resume_file, training_state(raw_model, average, optimizers), step=step, args=vars(args))
 
     def evaluate_average():
         """Held-out scores and a sample picture, with the averaged weights in the model for as long as it takes."""

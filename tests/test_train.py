@@ -154,11 +154,16 @@ def test_a_run_leaves_weights_log_and_pictures(whole_run):
 def test_ten_and_ten_steps_are_twenty_bit_for_bit(stage_one, whole_run, tmp_path):
     options = ["--steps", "20", "--eval_every", "10", "--save_every", "10"]
     run(stage_one, tmp_path, *options, "--stop_after", "10")
-    run(stage_one, tmp_path, *options)
+    assert "changed settings" not in run(stage_one, tmp_path, *options).stdout
     once, twice = weights(whole_run), weights(tmp_path)
     assert once.keys() == twice.keys() and all(torch.equal(once[key], twice[key]) for key in once)
     steps = [json.loads(line).get("step") for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps.count(20) == steps.count(10) == 2                  # a training line and an evaluation each, none twice
+
+
+def test_changed_settings_of_a_resumed_run_are_told(stage_one, tmp_path):
+    run(stage_one, tmp_path, "--steps", "2")
+    assert "changed settings: steps 2 -> 3, lr 0.002 -> 0.001" in run(stage_one, tmp_path, "--steps", "3", "--lr", "0.001").stdout
 
 
 def test_two_processes_equal_accumulation(stage_one, tmp_path):
@@ -188,7 +193,7 @@ def test_killed_at_any_moment_it_leaves_something_to_go_on_from(stage_one, tmp_p
         process.wait()
         model = M.Model4D(M.PRESETS["tiny"])
         average = {name: p.detach().clone() for name, p in model.named_parameters()}
-        step = T.resume(file, model, average, T.optimizers_of(model, Rates))
+        step, _ = T.resume(file, model, average, T.optimizers_of(model, Rates))
         assert step > last
         last = step
         S.load_run(tmp_path)
