@@ -718,8 +718,8 @@ def lathe(*profile, segments=20):
 def capsule(length, radius):
     """From the origin along z, with round ends."""
     turn = np.linspace(0, np.pi / 2, 4)
-    below, above = zip(radius * np.sin(turn), -radius * np.cos(turn)), zip(radius * np.cos(turn), length + radius * np.sin(turn))
-    return lathe(*below, *above, segments=14)
+    r, z = radius * np.sin(turn), radius * np.cos(turn)
+    return lathe(*zip(r, -z), *zip(z, length + r), segments=14)
 
 
 def merge(*meshes):
@@ -808,8 +808,8 @@ def cloth(table, centre, half, a, b):
 
 
 # ------------------------------------------------------------------------------------------------ synthetic world
-# A kinematic world: hands go where they are told, what is gripped moves with the hand, what is let go falls straight down. Arms
-# do not collide with anything.
+# A kinematic world: hands go where they are told, what is gripped moves with the hand, what is let go falls straight
+# down. Arms do not collide with anything.
 
 HZ = 10                     # frames a second of a synthetic recording
 TCP = 0.1                   # metres along z from the hand's origin to the point between the finger pads that grips
@@ -889,8 +889,7 @@ def arm_poses(base, gripper_in_world, opening):
     right = gripper_in_world @ pose((0, -opening / 2, 0), turn("z", np.pi))
     across = stretch(shoulder, shoulder + side, UP)
     return np.stack([pose(base), across, stretch(shoulder, elbow, side), pose(elbow, across[:3, :3]), forearm,
-                     pose(wrist, across[:3, :3]), pose(gripper_in_world[:3, 3], gripper_in_world[:3, :3]) @ pose((0, 0, -0.1)),
-                     gripper_in_world, left, right])
+                     pose(wrist, across[:3, :3]), gripper_in_world @ pose((0, 0, -0.1)), gripper_in_world, left, right])
 
 
 def within(points, half, order):
@@ -899,12 +898,14 @@ def within(points, half, order):
 
 
 # Each scene below is drawn at random and returns a namespace of
-#   fixed     [(Body, body_in_world)], the furniture          object           Body of the thing to move
-#   supports  [(support_in_world, half sizes (2,), order,     object_in_world  (4,4), where it is at first
-#             height)], where it may rest, besides the table  solid            (half sizes (3,), order), what fingers can
-#   done      object_in_world -> bool, the goal                                grip of it; see within
-#   bases     [(3,)], where the arms stand                    keys             [(seconds, {arm: (gripper_in_world, opening)})],
-#                                                                              the script; an arm not named stays
+#   fixed             [(Body, body_in_world)], the furniture
+#   object            Body of the thing to move
+#   object_in_world   (4,4), where it is at first
+#   solid             (half sizes (3,), order), what fingers can grip of it; see within
+#   supports          [(support_in_world, half sizes (2,), order, height)], where it may rest besides the table
+#   done              object_in_world -> bool, the goal
+#   bases             [(3,)], where the arms stand
+#   keys              [(seconds, {arm: (gripper_in_world, opening)})], the script; an arm not named stays
 OPEN, SHUT = 0.08, 0.0      # metres between the fingers; SHUT closes on whatever there is
 
 
@@ -921,7 +922,7 @@ def cereal_scene(draw):
                          turn("z", draw.uniform(-0.15, 0.15)))
     end = shelf @ pose((draw.uniform(0.02, 0.05), draw.uniform(-0.05, 0.05), size[2] / 2))
 
-    pitch = draw.uniform(0.15, 0.35)                                            # the hand comes from the front, a little from above
+    pitch = draw.uniform(0.15, 0.35)                                            # from the front, a little from above
     grip = hand((-size[0] / 2 + 0.027, 0, 0.01), (np.cos(pitch), 0, -np.sin(pitch)), (0, 1, 0))  # gripper_in_object
     home = hand(draw.uniform((-0.25, -0.2, 0.3), (-0.12, 0.2, 0.42)), (0.5, 0, -1), (0, 1, 0))
     take, put = start @ grip, end @ grip
@@ -952,9 +953,10 @@ def spatula_scene(draw):
     """Task 2: a spatula leans in a crock, blade up; the arm pulls it out, turns it flat and lays it on the table."""
     height, radius, side = draw.uniform(0.12, 0.14), draw.uniform(0.048, 0.058), draw.choice([-1, 1])
     crock = pose((draw.uniform(0.05, 0.15), side * draw.uniform(0.08, 0.2), 0))
-    crock_mesh = lathe((0.9 * radius, 0), (radius, height), (radius - 0.006, height), (0.9 * radius - 0.006, 0.008), segments=24)
+    inner = radius - 0.006
+    crock_mesh = lathe((0.9 * radius, 0), (radius, height), (inner, height), (0.9 * inner, 0.008), segments=24)
     glaze = draw.permutation([(0.75, 0.8, 0.85), (0.2, 0.35, 0.5), (0.8, 0.5, 0.3), (0.35, 0.5, 0.35)])
-    length = draw.uniform(0.21, 0.24)                                           # of the handle, which is centred on the origin
+    length = draw.uniform(0.21, 0.24)                                           # of the handle, centred on the origin
     thin = lambda z, half: (length / 2 + z, -0.0025, 0.0025, -half, half)
     spatula = merge(box((0.012, 0.018, length)), loft(thin(0, 0.012), thin(0.025, 0.036), thin(0.09, 0.036)))
     color = draw.permutation([(0.8, 0.1, 0.1), (0.1, 0.5, 0.25), (0.95, 0.6, 0.1)])[0]
@@ -1008,7 +1010,7 @@ def apple_scene(draw):
     start = shift(bowl, (0, 0, 0.006 + radius))
 
     meet = draw.uniform((-0.03, -0.06, 0.24), (0.08, 0.06, 0.32))
-    x_axis = np.array([1.0, 0, 0])                    # the hands meet with crossed fingers: one pair along x, the other along z
+    x_axis = np.array([1.0, 0, 0])                    # the hands meet with crossed fingers: one pair along x, one along z
     take = hand(start[:3, 3], (draw.uniform(-0.1, 0.1), draw.uniform(0, 0.25), -1), x_axis)
     give, receive = hand(meet, (0.1, 1, -0.25), x_axis), hand(meet, (0.1, -1, -0.25), UP)
     drop = hand(bin_[:3, 3] + 0.14 * UP, (0, 0.1, -1), (0, -1, 0))
@@ -1034,7 +1036,8 @@ def apple_scene(draw):
         x, y, z = transform(object_in_world[:3, 3], invert(bin_))
         return within(np.array([x, y]), (length / 2, width / 2), np.inf) and z < height
     return SimpleNamespace(
-        fixed=[(Body(bowl_mesh, stripes(china[0], china[1], 0.02)), bowl), (Body(bin_mesh, stripes(plastic, 0.8 * plastic, 0.03)), bin_)],
+        fixed=[(Body(bowl_mesh, stripes(china[0], china[1], 0.02)), bowl),
+               (Body(bin_mesh, stripes(plastic, 0.8 * plastic, 0.03)), bin_)],
         supports=[(bowl, (0.08, 0.08), 2, 0.006), (bin_, (length / 2, width / 2), np.inf, 0.006)], done=done,
         object=Body(apple, stripes(skin_color, 0.85 * skin_color, radius), OBJECT), object_in_world=start,
         solid=((radius,) * 3, 2), bases=[np.array([-0.5, -0.33, 0]), np.array([-0.5, 0.33, 0])], keys=keys)
@@ -1077,7 +1080,7 @@ def minimum_jerk(keys, draw):
 
 
 class World:
-    """One task's scene and its state: gripper_in_world (A,4,4), opening (A,) m, object_in_world (4,4), and who holds the object.
+    """One task's scene and its state: gripper_in_world (A,4,4), opening (A,) m, object_in_world (4,4), and who holds it.
 
     world = World(task); world.reset(seed); world.step(gripper_in_world, opening); world.observe(...); world.success()
     """
@@ -1094,7 +1097,7 @@ class World:
         self.gripper_in_world, self.opening = self.demonstration[0][0], self.demonstration[1][0]
         self.gap = self.opening                       # how wide each hand was when it began to close
         self.object_in_world = self.scene.object_in_world
-        self.holders = {}                             # arm -> width of the object between its fingers; the first one carries it
+        self.holders = {}                             # arm -> width between its fingers; the first one carries the object
         self.fixed = room(draw) + self.scene.fixed
         self.cameras = self.still = None              # the last cameras that observed, and what of it does not move
         colors = draw.permutation([(0.9, 0.45, 0.1), (0.15, 0.55, 0.75), (0.45, 0.7, 0.25)])
@@ -1125,13 +1128,13 @@ class World:
     def grip(self, arm):
         """The object sticks to fingers that close on it from both sides; they push it to their middle."""
         y = np.linspace(-0.05, 0.05, 201)
-        line = np.stack(np.broadcast_arrays(PADS[:, None, 0], y, PADS[:, None, 1]), -1)  # (pads,201,3), from finger to finger
+        line = np.stack(np.broadcast_arrays(PADS[:, None, 0], y, PADS[:, None, 1]), -1)  # (pads,201,3), hand frame
         line_in_object = transform(line, invert(self.object_in_world) @ self.gripper_in_world[arm])
         touched = within(line_in_object, *self.scene.solid).any(0)
         if not touched.any():
             return
         low, high = y[touched][[0, -1]]
-        # 5 mm each: finger tips are slanted and soft, and a recorded opening is no closer than where the fingers were stopped.
+        # 5 mm each: finger tips are soft, and a recorded opening is never less than where the fingers were stopped.
         if max(-low, high) < self.gap[arm] / 2 + 0.005 and self.opening[arm] < high - low + 0.005:
             if not self.holders:
                 middle = (low + high) / 2 * self.gripper_in_world[arm, :3, 1]
@@ -1174,8 +1177,11 @@ def upright(object_in_world):
 
 
 def sample_cameras(draw, tips, size, count=16):
-    """Cameras on the paper's half shell in front of the robot, looking at the middle of the workspace, each seeing every hand for
-    most of the time. tips (T,A,3): the finger tips in the world. Returns intrinsics (count,3,3), cam_in_world (count,4,4)."""
+    """Cameras on the paper's half shell, in front of the robot, looking at the middle of the workspace.
+
+    Each has every hand in its picture for more than 85 % of the time. tips (T,A,3): the finger tips in the world. Returns
+    intrinsics (count,3,3) pixels and cam_in_world (count,4,4).
+    """
     H, W = size
     intrinsics, cam_in_world = [], []
     while len(cam_in_world) < count:
@@ -1231,7 +1237,7 @@ def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None, 
         for job in jobs:
             synthetic_episode(*job)
             progress.update()
-    else:                                             # spawned, not forked: a fork of a process with running threads may hang
+    else:                                             # spawned: a fork of a process with running threads may hang
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             for done in as_completed([pool.submit(synthetic_episode, *job) for job in jobs]):
                 done.result()
