@@ -1,13 +1,13 @@
-"""Stage 1, the VAEs: Stable Video Diffusion's VAE (a 2-D encoder, a decoder that also looks along time), once for RGB and
-once for pointmaps, whose pixels hold metric x, y, z instead of colours.
+"""Stage 1, the VAEs: Stable Video Diffusion's VAE (a 2-D encoder, a decoder that also looks along time), once for RGB
+and once for pointmaps, whose pixels hold metric x, y, z instead of colours.
 
-    python vae.py --task 1                      # trains both on data/task_1 into runs/task_1/vae_{rgb,pointmap}.safetensors
-    python vae.py --task 1 --preset svd         # SVD's published VAE for RGB, and a copy of it fine-tuned on pointmaps
+    python vae.py --task 1                  # trains both on data/task_1: runs/task_1/vae_{rgb,pointmap}.safetensors
+    python vae.py --task 1 --preset svd     # SVD's published VAE for RGB, and a copy of it fine-tuned on pointmaps
     torchrun --nproc_per_node 8 vae.py --task 1 --preset svd
 
-The 4D model works on the latents of these two and never trains them. The pointmap VAE has to hold two kinds of pointmap:
-a view's in its own camera's frame (the condition) and a view's in the reference camera's frame (the target). It trains on
-both. Pixels without a depth measurement do not count.
+The 4D model works on the latents of these two and never trains them. The pointmap VAE has to hold two kinds of
+pointmap: a view's in its own camera's frame (the condition) and a view's in the reference camera's frame (the target).
+It trains on both. Pixels without a depth measurement do not count.
 
 Letters: N images (= B clips x T frames), C channels, H W pixels, h w latent cells.
 
@@ -222,12 +222,12 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """SVD's VAE, at any width. `config` has the keys of the hub's config.json and two of our own, SVD's value where absent:
-    norm_num_groups (32) and patch_size (1): the image is first cut into patches of so many pixels a side, whose pixels are
-    the channels of the first layer, which makes a small network for a CPU several times cheaper.
+    """SVD's VAE, at any width. `config` has the keys of the hub's config.json and two of our own, SVD's value where
+    absent: norm_num_groups (32) and patch_size (1): the image is first cut into patches of so many pixels a side, whose
+    pixels are the channels of the first layer, which makes a small network for a CPU several times cheaper.
 
-    The lists `shift` and `scale`, one number a channel, take the encoder's mean to the latents that the 4D model works on:
-    (mean - shift) * scale, with 0 and the config's scaling_factor as in SVD, or measured from data, see `standardise`.
+    The lists `shift` and `scale`, one number a channel, take the encoder's mean to the latents of the 4D model: (mean -
+    shift) * scale, with 0 and the config's scaling_factor as in SVD, or measured from data, see `standardise`.
     """
 
     def __init__(self, config):
@@ -283,7 +283,7 @@ class VAE(nn.Module):
 # ------------------------------------------------------------------------------------ the authors' released checkpoints
 
 def released_names(vae):
-    """{our key: its name in sgm, the code base that SVD was trained with}, where `up` is numbered from the finest level."""
+    """{our key: its name in sgm, the code base that SVD was trained with}; sgm numbers `up` from the finest level."""
     levels = len(vae.decoder.up_blocks)
     block = dict(spatial_res_block="", temporal_res_block="time_stack.", time_mixer="")
     stacked = dict(norm1="in_layers.0", conv1="in_layers.2", norm2="out_layers.0", conv2="out_layers.3")
@@ -312,11 +312,12 @@ def released_names(vae):
 
 
 def load_released(path, config=None):
-    """The VAE of a checkpoint in the layout of the authors' release (Zeyi/4dgen-ckpts, VAE/<task>/pointmap.ckpt), float32.
+    """The VAE of a checkpoint in the authors' layout (Zeyi/4dgen-ckpts, VAE/<task>/pointmap.ckpt), in float32.
 
-    config: SVD's where None. Keys may stand below a prefix first_stage_model; what is neither encoder nor decoder (such as
-    the training loss) is left out. sgm's attention projections are 1 x 1 convolutions, ours are linear. Where the file has
-    no quant_conv (sgm has engines with and without), ours is the identity. Raises a one-line ValueError that names the key.
+    config: SVD's where None. Keys may stand below a prefix first_stage_model; what is neither encoder nor decoder (such
+    as the training loss) is left out. sgm's attention projections are 1 x 1 convolutions, ours are linear. Where the
+    file has no quant_conv (sgm has engines with and without), ours is the identity. Raises a one-line ValueError that
+    names the key.
     """
     vae = VAE(config or M.PRESETS["svd"].vae)
     state = {key.removeprefix("first_stage_model."): value for key, value in M.read_checkpoint(path).items()}
@@ -374,7 +375,7 @@ def save_vae(path, vae, info):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     described = path.with_suffix(".json")
-    described.unlink(missing_ok=True)                                # a .json never stands beside weights of another run
+    described.unlink(missing_ok=True)                              # a .json never stands beside weights of another run
     save_file({name: value.contiguous() for name, value in vae.state_dict().items()}, f"{path}.part")
     os.replace(f"{path}.part", path)
     Path(f"{described}.part").write_text(
@@ -425,7 +426,7 @@ class Options:
 
 
 PRESET_OPTIONS = {
-    "tiny": dict(steps=300, pointmap_steps=900, batch=2, video_every=8, video_frames=4, lr=0.006, kl=1e-6),
+    "tiny": dict(steps=200, pointmap_steps=900, batch=2, video_every=8, video_frames=4, lr=0.006, kl=1e-6),
     "small": dict(steps=4000, pointmap_steps=6000, batch=8, video_every=4, video_frames=4, lr=0.02, kl=1e-6),
     "svd": dict(steps=4000, pointmap_steps=4000, batch=1, video_every=1, video_frames=5, lr=1e-5, kl=0.0),
 }
@@ -438,8 +439,8 @@ STATISTICS = 60                     # moments for the first linear code, and for
 class Muon(torch.optim.Optimizer):
     """Momentum whose step, a matrix per layer, is made orthogonal: every direction of a layer learns at the same pace.
 
-    Pointmaps are nearly all mean and slope, so plain gradients hardly see the rest. From random weights, in 40 CPU seconds,
-    the pointmap VAE came to a mean error of 89 mm with it and of 143 mm with Adam.
+    Pointmaps are nearly all mean and slope, so plain gradients hardly see the rest. From random weights, in 40 CPU
+    seconds, the pointmap VAE came to a mean error of 89 mm with it and of 143 mm with Adam.
     """
 
     def __init__(self, parameters, lr, momentum=0.9):
@@ -470,7 +471,7 @@ def orthogonal(matrix, steps=5):
 
 
 class TrainingImages(torch.utils.data.Dataset):
-    """Item `step` is the batch of that step: images (N, 3, H, W), valid (N, 1, H, W) bool, frames of a clip (1: stills).
+    """Item `step` is that step's batch: images (N, 3, H, W), valid (N, 1, H, W) bool, frames of a clip (1: stills).
 
     A function of (seed, step, rank) alone. Every `video_every`-th batch holds short videos, the others single images.
     """
@@ -520,7 +521,7 @@ def kl_from_normal(mean, logvar):
 
 
 def start(kind, preset, options, images):
-    """The VAE before its first step. `images` (N, 3, H, W): some of those to train on."""
+    """The VAE before its first step. `images`: some batches (N, 3, H, W) of those to train on."""
     if preset.name == "svd":
         return VAE.from_pretrained(options.init)
     one_level = len(preset.vae["block_out_channels"]) == 1
@@ -529,11 +530,11 @@ def start(kind, preset, options, images):
     torch.manual_seed(options.seed)
     vae = VAE(preset.vae)
     C = preset.vae["latent_channels"]
-    with torch.no_grad():                       # nearly no noise on the latents: else little is learnt before it has shrunk
+    with torch.no_grad():                   # nearly no noise on the latents: else little is learnt before it has shrunk
         vae.quant_conv.weight[C:].zero_()
         vae.quant_conv.bias[C:].fill_(-8.0)
     if one_level:
-        start_linear(vae, images)
+        start_linear(vae, torch.cat(images))
     return vae
 
 
@@ -541,9 +542,9 @@ def start(kind, preset, options, images):
 def start_linear(vae, images):
     """Starts a VAE of one level as the best linear code of its patches: what training adds is what is not linear.
 
-    The residual blocks start as the identity. What is left in the way is the last norm and SiLU of each half, so features
-    come in pairs (u, -u), since silu(u) - silu(-u) = u, and with two large constants a norm group, which hold the norm's
-    statistics nearly still. The last convolution of each half is then a least-squares fit.
+    The residual blocks start as the identity. What is left in the way is the last norm and SiLU of each half, so
+    features come in pairs (u, -u), since silu(u) - silu(-u) = u, and with two large constants a norm group, which hold
+    the norm's statistics nearly still. The last convolution of each half is then a least-squares fit.
     """
     for module in vae.modules():
         branch_end = {ResBlock: "conv2", Attention: "to_out"}.get(type(module))
@@ -576,7 +577,7 @@ def start_linear(vae, images):
 
 
 def pair_features(conv, rows, bias, groups, constant=6.0):
-    """Makes conv compute u = rows x + bias of each cell as channels (u, -u); the last two of a norm group are +-constant."""
+    """Makes conv compute u = rows x + bias of a cell as channels (u, -u); the last two of a norm group: +-constant."""
     size = conv.out_channels // groups
     conv.weight.zero_()
     for group in range(groups):
@@ -589,7 +590,7 @@ def pair_features(conv, rows, bias, groups, constant=6.0):
 
 
 def fit(conv, features, targets, ridge=1e-3):
-    """Sets the first outputs of a 3 x 3 conv to the ridge regression of targets (N, O, h, w) on features (N, I, h, w)."""
+    """First outputs of a 3 x 3 conv become a ridge regression of targets (N, O, h, w) on features (N, I, h, w)."""
     x = F.unfold(features, 3, padding=1).transpose(1, 2).flatten(0, 1)                           # (N h w, 9 I)
     x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
     y = rearrange(targets, "n o h w -> (n h w) o").double()
@@ -634,7 +635,8 @@ def load_state(path, vae, optimizers, settings):
             saved = json.loads(file.metadata()["settings"])
             for key, value in settings.items():
                 if saved.get(key) != value:
-                    raise ValueError(f"{path} was started with {key} {saved.get(key)}, not {value}: give that, or delete it")
+                    raise ValueError(f"{path} was started with {key} {saved.get(key)}, not {value}: give that, or "
+                                     "delete it")
             for key in file.keys():
                 part, name = key.split(".", 1)
                 value = file.get_tensor(key)
@@ -678,8 +680,9 @@ def train(kind, preset, options, device, rank=0, world=1):
         return
 
     images = TrainingImages(options.data, size, kind, options, rank, world)
-    some = [images[step * options.video_every][0] for step in range(STATISTICS // options.batch)]
-    vae = start(kind, preset, options, torch.cat(some)).to(device).train()
+    still = range(0, STATISTICS // options.batch * options.video_every, options.video_every)
+    some = [] if preset.name == "svd" else [images[step][0] for step in still]
+    vae = start(kind, preset, options, some).to(device).train()
     optimizers = optimizers_of(vae, preset, options.lr)
     highest = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     settings = dict(kind=kind, steps=steps, config=vae.config, world=world, **{
@@ -700,7 +703,7 @@ def train(kind, preset, options, device, rank=0, world=1):
         cells = batch.shape[-2] // vae.cell, batch.shape[-1] // vae.cell
         noise = torch.randn(len(batch), len(vae.shift), *cells, generator=generator, device=device)
         if preset.name == "svd":
-            noise.zero_()                                            # fine-tuned on the mean, which the 4D model will see
+            noise.zero_()                                          # fine-tuned on the mean, which the 4D model will see
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             reconstruction, mean, logvar = network(batch, frames, noise)
         error = masked_l1(reconstruction.float(), batch, valid)
@@ -743,7 +746,7 @@ def train(kind, preset, options, device, rank=0, world=1):
 
 
 class Log:
-    """A file with one JSON object a line: source and machine, then the steps. A resumed run cuts what it will repeat."""
+    """A file with one JSON object a line: source and machine, then steps. A resumed run cuts what it will repeat."""
 
     def __init__(self, path, first, settings, device):
         self.path = path
@@ -784,7 +787,7 @@ def evaluate(vae, kind, options, size, device):
     made = torch.cat(parts)
     shown = slice(0, None, max(1, len(images) // 6))
     if kind == "rgb":
-        squared = ((made.clamp(-1, 1) - images) / 2).square().flatten(1).mean(1)                 # (N,), of colours in 0..1
+        squared = ((made.clamp(-1, 1) - images) / 2).square().flatten(1).mean(1)             # (N,), of colours in 0..1
         return dict(psnr=-10 * squared.log10().mean().item()), (images[shown], made[shown], valid[shown])
     true, metres = D.denormalize_points(images), D.denormalize_points(made)
     z, true_z = metres[:, 2], true[:, 2]                                                         # (N, H, W)
@@ -844,7 +847,7 @@ def plot_log(path, log_path):
     plt.close(figure)
 
 
-# ------------------------------------------------------------------------------------------------------------ the script
+# ---------------------------------------------------------------------------------------------------------- the script
 
 def choose_preset():
     """The largest preset that this machine trains in reasonable time, and the reason in words."""
@@ -906,7 +909,7 @@ def main(argv=None):
         with torch.device("meta"):
             vae = VAE(preset.vae)
         print("  ".join(f"{name}={value}" for name, value in vars(options).items()))
-        print(f"VAE: encoder {M.count(vae.encoder) / 1e6:.2f} M, decoder {M.count(vae.decoder) / 1e6:.2f} M parameters; "
+        print(f"VAE: encoder {M.count(vae.encoder) / 1e6:.2f} M, decoder {M.count(vae.decoder) / 1e6:.2f} M weights; "
               f"{preset.height} x {preset.width} images, latents of {len(vae.shift)} x {preset.height // vae.cell} x "
               f"{preset.width // vae.cell}")
         if not options.dry_run and not any(Path(options.data).glob("*/episode.json")):

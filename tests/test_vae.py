@@ -247,7 +247,8 @@ def sgm_layout(widths, layers):
     shortcut = ["nin_shortcut.weight", "nin_shortcut.bias"]
     attention = [f"{part}.{kind}" for part in ("norm", "q", "k", "v", "proj_out") for kind in ("weight", "bias")]
     ends = [f"{part}.{kind}" for part in ("conv_in", "norm_out", "conv_out") for kind in ("weight", "bias")]
-    keys = [f"{part}.{kind}" for part in ("quant_conv", "decoder.conv_out.time_mix_conv") for kind in ("weight", "bias")]
+    outer = ("quant_conv", "decoder.conv_out.time_mix_conv")
+    keys = [f"{part}.{kind}" for part in outer for kind in ("weight", "bias")]
     for half in ("encoder", "decoder"):
         block = norm_conv + (stack if half == "decoder" else [])
         keys += [f"{half}.{key}" for key in ends]
