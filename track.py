@@ -38,6 +38,7 @@ MAX_SPEED = 0.6             # m/s, how far the hand can get between two frames
 FAN = np.radians(35)        # how much the search turns the hand about each of its axes (90 degrees/s are 45 at 2 Hz)
 AGREE = 0.015               # m along the ray, a model point and the measured one are the same surface
 STILL = 0.015               # m along the ray, a pixel that changed less since the observed frame shows scenery
+NOISY = 0.002               # m, above this the depth is a generator's: normals of it mean little, edges are blurred
 OCCLUDED = 0.025            # m, what lies so far in front of a model point hides it
 VOXEL = 0.02                # m, of the search
 HYPOTHESES = 24             # that survive the search and enter ICP
@@ -155,7 +156,7 @@ def gauss_newton(source, target, normal, weight, centre, slip):
     alone let slide.
     """
     arm, e = source - centre[:, None], target - source
-    J = np.concatenate([np.cross(arm, normal), normal], -1)                                 # (K,N,6)
+    J = np.concatenate([cross(arm, normal), normal], -1)                                 # (K,N,6)
     Jw = (J * weight[..., None]).mT
     A, g = Jw @ J, (Jw @ (e * normal).sum(-1)[..., None])[..., 0]
     if slip:
@@ -166,10 +167,17 @@ def gauss_newton(source, target, normal, weight, centre, slip):
         B[:, :3, :3] = np.trace(aa, axis1=1, axis2=2)[:, None, None] * np.eye(3) - aa
         B[:, :3, 3:], B[:, 3:, :3] = skew.mT, skew
         B[:, 3:, 3:] = weight.sum(1)[:, None, None] * np.eye(3)
-        A, g = A + slip * B, g + slip * np.concatenate([np.cross(arm, we).sum(1), we.sum(1)], -1)
+        A, g = A + slip * B, g + slip * np.concatenate([cross(arm, we).sum(1), we.sum(1)], -1)
     x = np.linalg.solve(A + 1e-9 * np.eye(6), g[..., None])[..., 0]
     turn = Rotation.from_rotvec(x[:, :3]).as_matrix()
     return rigid(turn, centre + x[:, 3:] - (turn @ centre[..., None])[..., 0])
+
+
+def cross(a, b):
+    """np.cross for (...,3), several times faster on small arrays."""
+    x, y, z = a[..., 0], a[..., 1], a[..., 2]
+    u, v, w = b[..., 0], b[..., 1], b[..., 2]
+    return np.stack([y * w - z * v, z * u - x * w, x * v - y * u], -1)
 
 
 def robust(distance, scale, kernel):
@@ -240,13 +248,24 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
 
 # ---------------------------------------------------------------------------------------------- one frame of the video
 
-def make_scene(points, valid, intrinsics, view_in_ref, still=None):
-    """One frame: points (V,H,W,3) in ref, valid (V,H,W), intrinsics (V,3,3), view_in_ref (V,4,4), still (V,H,W): no candidates."""
+def make_scene(points, valid, intrinsics, view_in_ref, observed=None, here=None):
+    """One frame: points (V,H,W,3) in ref, valid (V,H,W), intrinsics (V,3,3), view_in_ref (V,4,4).
+
+    With the `observed` frame's scene and `here` (V,H,W), where its hands were, it also holds: still (V,H,W), the pixels that
+    have not changed since and so show no hand; and noise, m, how much those fluctuate: tolerances grow with it.
+    """
     ref_in_view = invert(view_in_ref)
     z = np.einsum("vj,vhwj->vhw", ref_in_view[:, 2, :3], points) + ref_in_view[:, 2, 3, None, None]
     depth = np.where(valid & (z > 0), z, 0).astype(np.float32)
-    return SimpleNamespace(points=points, depth=depth, intrinsics=intrinsics, ref_in_view=ref_in_view, view_in_ref=view_in_ref,
-                           still=np.zeros(depth.shape, bool) if still is None else still)
+    scene = SimpleNamespace(points=points, depth=depth, intrinsics=intrinsics, ref_in_view=ref_in_view, view_in_ref=view_in_ref,
+                            still=np.zeros(depth.shape, bool), noise=0.0)
+    if observed is not None:
+        change = np.abs(depth - observed.depth)
+        both = (depth > 0) & (observed.depth > 0)
+        quiet = change[both & (change < 0.05)]
+        scene.noise = min(1.48 * float(np.median(quiet)), 0.01) if len(quiet) else 0.0
+        scene.still = both & (change < max(STILL, 3 * scene.noise)) & ~here
+    return scene
 
 
 def look_up(scene, v, points):
@@ -310,12 +329,17 @@ def compare(model, scene, poses, opening, count=None, shell=False):
         measured = scene.depth[v, y[k, n], x[k, n]]
         visible[k, v, n] = True
         still[k, v, n] = scene.still[v, y[k, n], x[k, n]]
-        gap[k, v, n] = np.where(measured > 0, measured - z[k, n], np.nan)
+        off = np.where(measured > 0, measured - z[k, n], np.nan)
+        if scene.noise > NOISY:                           # at blurred edges and outliers a neighbouring pixel may speak
+            for dy, dx in ((0, 2), (0, -2), (2, 0), (-2, 0)):
+                other = scene.depth[v, (y[k, n] + dy).clip(0, H - 1), (x[k, n] + dx).clip(0, W - 1)]
+                off = np.where((other > 0) & (np.abs(other - z[k, n]) < np.abs(off)), other - z[k, n], off)
+        gap[k, v, n] = off
         if shell:
             air = model.shell[:N]
             y, x, z, inside = look_up(scene, v, points[:, air] + SHELL * normals[:, air])
             in_shell += (inside & ~scene.still[v, y, x] & (np.abs(scene.depth[v, y, x] - z) < 0.5 * SHELL)).sum(1)
-    return SimpleNamespace(visible=visible, gap=gap, still=still, shell=in_shell, points=points)
+    return SimpleNamespace(visible=visible, gap=gap, still=still, shell=in_shell, points=points, tolerance=max(AGREE, 3 * scene.noise))
 
 
 def evidence(seen):
@@ -325,10 +349,10 @@ def evidence(seen):
     object often hides the hand, and nearly never does one look through it.
     """
     gap = np.where(seen.visible, seen.gap, np.nan)
-    close = np.abs(gap) < AGREE
-    agree = np.where(close & ~seen.still, 1 - (gap / AGREE)**2, 0).sum((1, 2))
-    contradict = ((gap > AGREE) | (close & seen.still)).sum((1, 2)) + seen.shell
-    hidden = (gap < -AGREE).sum((1, 2))
+    close = np.abs(gap) < seen.tolerance
+    agree = np.where(close & ~seen.still, 1 - (gap / seen.tolerance)**2, 0).sum((1, 2))
+    contradict = ((gap > seen.tolerance) | (close & seen.still)).sum((1, 2)) + seen.shell
+    hidden = (gap < -seen.tolerance).sum((1, 2))
     return agree - 3 * contradict - 0.1 * hidden, agree, contradict
 
 
@@ -388,9 +412,10 @@ def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view
     for distance in distances:
         seen = compare(model, scene, poses, opening, count)
         weight = (seen.visible & ~(seen.gap < -OCCLUDED)).any(1)
-        n = weight.shape[1]
-        poses, _, _ = icp(at_opening(model, opening)[:, :n], cloud.points, cloud.normals, poses, distance, 4,
-                          source_normals=model.normals[:n], weight=weight, slip=slip, min_cosine=0.5, tree=cloud.tree,
+        shown = np.argsort(~weight, axis=1, kind="stable")[:, :max(1, weight.sum(1).max())]   # (K,n), the others cost time
+        source = np.take_along_axis(at_opening(model, opening), shown[..., None], 1)
+        poses, _, _ = icp(source, cloud.points, cloud.normals, poses, distance, 4, source_normals=model.normals[shown],
+                          weight=np.take_along_axis(weight, shown, 1), slip=slip, min_cosine=0.5 if scene.noise < NOISY else None, tree=cloud.tree,
                           target_weight=None if view_weight is None else view_weight[cloud.view])
     return poses
 
@@ -428,16 +453,18 @@ def fit_opening(model, scene, cloud, pose, before):
     return float(opening), float(agree[best])
 
 
-def settle(model, scene, cloud, poses, opening, keep=3):
-    """Hypotheses -> the best `keep` of them, refined, each with its own opening: poses (k,4,4), opening (k,), score (k,)."""
+def settle(model, scene, cloud, poses, opening, keep=3, enough=np.inf):
+    """Hypotheses -> the best `keep` of them, refined, each with its own opening: poses (k,4,4), opening (k,), score (k,).
+    A score of `enough` ends the search early."""
     poses = refine(model, scene, cloud, poses, np.full(len(poses), opening), (0.05, 0.03), 200, slip=0.3)
     score, _, _ = evidence(compare(model, scene, poses, np.full(len(poses), opening), 400, shell=True))
     poses = poses[np.argsort(-score)[:keep]]
-    # A wrong edge of the hand on the arm is a deep local minimum of ICP: turn the best ones about points of the hand and go on.
-    poses = np.concatenate([poses] + [poses @ nudge for nudge in NUDGES])
-    poses = refine(model, scene, cloud, poses, np.full(len(poses), opening), (0.03, 0.02), 200)
-    score, _, _ = evidence(compare(model, scene, poses, np.full(len(poses), opening), 400, shell=True))
-    poses = poses[np.argsort(-score)[:keep]]
+    if score.max() < 0.5 * enough:                        # `enough` is of all points, this score of about half of them
+        # A wrong edge of the hand on the arm is a deep local minimum of ICP: turn the best about points of the hand, go on.
+        poses = np.concatenate([poses] + [poses @ nudge for nudge in NUDGES])
+        poses = refine(model, scene, cloud, poses, np.full(len(poses), opening), (0.03, 0.02), 200)
+        score, _, _ = evidence(compare(model, scene, poses, np.full(len(poses), opening), 400, shell=True))
+        poses = poses[np.argsort(-score)[:keep]]
     openings = np.array([fit_opening(model, scene, cloud, pose, opening)[0] for pose in poses])
     poses = refine(model, scene, cloud, poses, openings, (0.02, 0.015), 400)
     return poses, openings, evidence(compare(model, scene, poses, openings, shell=True))[0]
@@ -533,8 +560,11 @@ def believed(model, scene, pose, opening, anew=False):
     """Whether render-and-compare bears a pose out: (bool, score, agree). `anew`, after a loss, asks for twice as much."""
     seen = compare(model, scene, pose[None], [opening], shell=True)
     score, agree, contradict = (x[0] for x in evidence(seen))
-    in_view = (seen.visible & ~(seen.gap < -AGREE)).sum()
-    sure = agree >= MIN_AGREE * (1 + anew) and agree >= MIN_RATIO * contradict * (1 + anew) and score > MIN_SCORE * (1 + anew) * in_view
+    in_view = (seen.visible & ~(seen.gap < -seen.tolerance)).sum()
+    if scene.noise > NOISY:                               # outliers and blurred edges contradict any pose
+        sure = agree >= 1.5 * MIN_AGREE and agree >= (3 if anew else 2) * contradict
+    else:
+        sure = agree >= MIN_AGREE * (1 + anew) and agree >= MIN_RATIO * contradict * (1 + anew) and score > MIN_SCORE * (1 + anew) * in_view
     return sure, score, agree
 
 
@@ -559,13 +589,17 @@ def track_one(model, scene, state, dt):
         turns = np.concatenate([np.zeros((1, 3)), FAN * np.eye(3), -FAN * np.eye(3)])
         rotations = state.pose[:3, :3] @ Rotation.from_rotvec(turns).as_matrix()
         wide = search(model, scene, state.pose[:3, 3], rotations, state.opening, radius, HYPOTHESES)
-        poses, openings, score = settle(model, scene, cloud, np.concatenate([guesses, wide]), state.opening)
+        poses, openings, score = settle(model, scene, cloud, np.concatenate([guesses, wide]), state.opening,
+                                          enough=0.9 * state.score)
     # What the robot did before it does on: far and turned costs points, little beside those that a wrong place loses.
     cost = np.min([travel(poses, guess) for guess in guesses], axis=0)
     best = np.argmax(score - cost)
     pose, opening, fingers, fitness, rmse, view_weight = polish(model, scene, cloud, poses[best], openings[best])
+    stay, move = evidence(compare(model, scene, np.stack([state.pose, pose]), [opening, opening], shell=True))[0]
+    if stay >= move:                                      # a hand at rest does not drift with the noise
+        pose = state.pose
     sure, score, agree = believed(model, scene, pose, opening, state.missed > 0)
-    if not sure:
+    if not sure or (state.missed and agree < 0.6 * state.agree):
         return lost
     return SimpleNamespace(pose=pose, motion=np.eye(4) if state.missed else invert(state.pose) @ pose, opening=opening, score=score,
                            agree=agree, missed=0, lost=False, fitness=fitness, inlier_rmse=rmse, fingers=fingers,
@@ -645,9 +679,7 @@ def track(prediction, init="auto", model=None, progress=False):
 
     frames = [states]
     for t in tqdm(range(T), desc="tracking", unit="frame", disable=not progress):
-        scene = make_scene(p["points"][:, t], p["valid"][:, t], p["intrinsics"], p["view_in_ref"])
-        unchanged = np.abs(scene.depth - observed.depth) < STILL
-        scene.still = unchanged & (observed.depth > 0) & (scene.depth > 0) & ~here
+        scene = make_scene(p["points"][:, t], p["valid"][:, t], p["intrinsics"], p["view_in_ref"], observed, here)
         states = list(states)
         for a in sorted(range(A), key=lambda a: -states[a].agree):  # the better seen hand first
             if states[a].__dict__.get("gone"):
