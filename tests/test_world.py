@@ -178,6 +178,19 @@ def test_what_is_held_moves_with_the_hand_and_falls_when_released():
     assert np.abs(world.object_in_world[2, :3]).max() == pytest.approx(1)       # standing, not tilted in the air
 
 
+@pytest.mark.parametrize("beside, taken", [(0.0, True), (0.012, True), (0.035, False), (0.1, False)])
+def test_only_what_is_between_the_fingers_is_gripped(beside, taken):
+    world = data.World(1)
+    world.reset(0)
+    grip = data.hand((-world.scene.solid[0][0] + 0.025, beside, 0), (1, 0, 0), (0, 1, 0))        # gripper_in_object
+    gripper_in_world = (world.object_in_world @ grip)[None]
+    for opening in (data.OPEN, 0.03, data.SHUT):
+        world.step(gripper_in_world, [opening])
+    assert bool(world.holders) == taken
+    if taken:                                                                   # and it was pushed to their middle
+        assert (data.invert(world.gripper_in_world[0]) @ world.object_in_world)[1, 3] == pytest.approx(0, abs=0.001)
+
+
 def test_things_rest_on_what_is_below_them():
     for task in TASKS:
         world = data.World(task)
