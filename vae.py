@@ -718,7 +718,7 @@ def train(kind, preset, options, device, rank=0, world=1):
             optimizer.zero_grad(set_to_none=True)
 
         bar.update()
-        if rank == 0 and (step % 10 == 0 or step == steps - 1):
+        if rank == 0 and (step % 5 == 0 or step == steps - 1):           # 5: so that videos come up too
             log.write(step=step, error=error.item(), kl=kl.item(), frames=frames, seconds=round(time.time() - began, 2),
                       lr=optimizers[0].param_groups[0]["lr"])
             bar.set_postfix_str(f"error {error.item():.4f}")
