@@ -1,7 +1,7 @@
 """Scores 4D predictions: the paper's metrics, its baselines, its ablation, and rollouts in the synthetic world.
 
     python evaluate.py --task 1                        # sample every test clip, track, score: runs/task_1/evaluation/
-    python evaluate.py --predictions DIR               # score anybody's DIR/NAME/prediction.npz files (format: sample.py)
+    python evaluate.py --predictions DIR               # score anybody's DIR/NAME/prediction.npz files
     python evaluate.py --task 1 --ablation             # train and score the four rows of the published table
     python evaluate.py --task 1 --rollout 30           # closed loop in the synthetic world, success rates
 
@@ -68,8 +68,8 @@ def psnr(pred, true, valid=None):
 def ssim(pred, true, valid=None):
     """Structural similarity (Wang et al. 2004, eq. 13) of images (N, H, W, 3) in [0, 1], mean over N; 1 is identical.
 
-    Gaussian window, sigma 1.5, 11 x 11; population covariance; mean over channels and over the pixels whose whole window
-    lies in the image (and in `valid` (N, H, W), if given).
+    Gaussian window, sigma 1.5, 11 x 11; population covariance; mean over channels and over the pixels whose whole
+    window lies in the image (and that are in `valid` (N, H, W), if given).
     """
     x, y = np.asarray(pred, np.float64), np.asarray(true, np.float64)
     c1, c2 = 0.01 ** 2, 0.03 ** 2
@@ -154,11 +154,12 @@ def flicker(pred, still):
 # --------------------------------------------------------------------------------------- distributions of videos
 
 def frechet_distance(a, b):
-    """Squared Frechet distance of the Gaussians fitted to features a (N, D) and b (M, D); 0 is ideal (arXiv 1706.08500).
+    """Squared Frechet distance of the Gaussians fitted to features a (N, D), b (M, D); 0 is ideal (arXiv 1706.08500).
 
-    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S = X^T X the sample covariances (ddof 1) of centred features X.
-    S_a S_b has the eigenvalues of (X_a X_b^T)(X_a X_b^T)^T, so the trace of its root is the sum of the singular values of
-    X_a X_b^T: no root of a matrix, no complex numbers, and singular covariances (few clips, 400 features) lose no digits.
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S = X^T X the sample covariances (ddof 1) of centred
+    features X. S_a S_b has the eigenvalues of (X_a X_b^T)(X_a X_b^T)^T, so the trace of its root is the sum of the
+    singular values of X_a X_b^T: no root of a matrix, no complex numbers, and singular covariances (few clips, 400
+    features) lose no digits.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if len(a) < 2 or len(b) < 2:
@@ -224,14 +225,14 @@ def seen_by(points_in_cam, z_of_cam, intrinsics):
 
 
 def cross_view_miou(points, gripper_n, gripper_m, intrinsics_n, intrinsics_m, ref_in_m, z_m=None, seen=None, slack=0):
-    """IoU of the gripper's mask in view n, carried into camera m by n's predicted points, with m's own mask; (T,) values.
+    """IoU of the gripper's mask in view n, carried into camera m by n's predicted points, with m's own mask: (T,).
 
     points (T,H,W,3): view n's pointmap, reference frame (= n's camera); gripper_n, gripper_m (T,H,W) bool; ref_in_m
     (4,4): the true camera m, needed for scoring only. Every pixel of n is cut into 3 x 3 (otherwise a near n leaves
     holes in m), all of them are splatted into m with a z-buffer, and the nearest decides what m's pixel shows.
 
-    As it stands this is the paper's metric, whose ceiling is far below 1: what m sees of the hand and n does not can never
-    be covered, and a mask of 60 pixels is half boundary. For a metric on which the truth scores >= 0.9, give
+    As it stands this is the paper's metric, whose ceiling is far below 1: what m sees of the hand and n does not can
+    never be covered, and a mask of 60 pixels is half boundary. For a metric on which the truth scores >= 0.9, give
       z_m (T,H,W)     true depth of view m: a splat more than 3 cm behind what m sees is hidden, and does not count;
       seen (T,H,W)    pixels of m that n truly sees (seen_by): only these can be missed;
       slack           pixels by which either mask may be off.
@@ -243,7 +244,7 @@ def cross_view_miou(points, gripper_n, gripper_m, intrinsics_n, intrinsics_m, re
     ious = np.zeros(t)
     for i in range(t):
         shift = cut[:, None, None] / focal * points[i, ..., 2:]                                 # (9, H, W, 2) metres
-        fine = np.concatenate([points[i, ..., :2] + shift, np.broadcast_to(points[i, ..., 2:], (*shift.shape[:3], 1))], -1)
+        fine = points[i] + np.concatenate([shift, np.zeros((9, height, width, 1))], -1)         # (9, H, W, 3)
         shown, z = z_buffer(data.transform(fine, ref_in_m), np.broadcast_to(gripper_n[i], fine.shape[:3]), intrinsics_m,
                             (height, width))
         if z_m is not None:
@@ -257,14 +258,14 @@ def cross_view_miou(points, gripper_n, gripper_m, intrinsics_n, intrinsics_m, re
 
 
 def z_buffer(points_in_cam, carried, intrinsics, size):
-    """Z-buffer of points: (H, W) bool, what the nearest point on each pixel carries (False: none), and its z (inf: none)."""
+    """What the nearest point on each pixel carries, (H, W) bool (False: no point), and its z (inf: no point)."""
     in_front = points_in_cam[..., 2] > 1e-3
     points, carried = points_in_cam[in_front], carried[in_front]                                # (N, 3), (N,)
     pixels, z = data.project(points, intrinsics)
     column, row = np.rint(pixels).astype(int).T
     inside = (column >= 0) & (column < size[1]) & (row >= 0) & (row < size[0])
     column, row, z, carried = column[inside], row[inside], z[inside], carried[inside]
-    far_first = np.argsort(-z)                                          # of repeated pixels numpy keeps the last written
+    far_first = np.argsort(-z)                                  # of repeated pixels numpy keeps the last written
     shown, nearest = np.zeros(size, bool), np.full(size, np.inf)
     shown[row[far_first], column[far_first]] = carried[far_first]
     nearest[row[far_first], column[far_first]] = z[far_first]
@@ -274,7 +275,7 @@ def z_buffer(points_in_cam, carried, intrinsics, size):
 def pose_errors(pred_in_ref, true_in_ref):
     """Translation (m) and rotation angle (rad) between poses (..., 4, 4): two arrays (...,).
 
-    The angle of R = R_pred^T R_true from its sine and cosine: exact for small angles, where arccos loses half the digits.
+    The angle of R = R_pred^T R_true from sine and cosine: exact for small angles, where arccos loses half the digits.
     """
     pred_in_ref, true_in_ref = np.asarray(pred_in_ref, np.float64), np.asarray(true_in_ref, np.float64)
     translation = np.linalg.norm(pred_in_ref[..., :3, 3] - true_in_ref[..., :3, 3], axis=-1)
@@ -305,7 +306,7 @@ def gripper_points(opening):
 
 
 def wilson_interval(successes, trials, z=1.96):
-    """Wilson's 95 % interval of a success rate (Brown et al. 2001, eq. 4): honest at 0 and at 1, unlike +- 1.96 sigma."""
+    """Wilson's 95 % interval of a success rate (Brown et al. 2001, eq. 4); honest at 0 and 1, unlike +- 1.96 sigma."""
     if not trials:
         return 0.0, 1.0
     p, n = successes / trials, trials
@@ -335,7 +336,7 @@ def load_prediction(path):
         if wanted and p[key].shape != wanted:
             raise ValueError(f"{path}: '{key}' has shape {p[key].shape}, expected {wanted} (V, T, H, W as in 'rgb')")
     if "true_rgb" not in p:
-        raise ValueError(f"{path} holds no ground truth ('true_rgb', 'true_points', ...): there is nothing to score against")
+        raise ValueError(f"{path} holds no ground truth ('true_rgb', 'true_points', ...) to score against")
     return p
 
 
@@ -386,7 +387,8 @@ def score(p, masks=None, trajectory=None, protocol="ours"):
         add(metric.__name__ + "_moving", lambda v, t: metric(points[v, t, ..., 2], true[v, t, ..., 2], moves[v, t]))
     add("points", lambda v, t: point_error(points[v, t], true[v, t], valid[v, t]))
     add("points_moving", lambda v, t: point_error(points[v, t], true[v, t], moves[v, t]))
-    values["chamfer"] = np.array([chamfer(points[:, t][p["valid"][:, t]], true[:, t][valid[:, t]]) for t in range(frames)])
+    values["chamfer"] = np.array([chamfer(points[:, t][p["valid"][:, t]], true[:, t][valid[:, t]])
+                                  for t in range(frames)])
     values["flicker"] = mean([flicker(points[v], valid[v] & ~moves[v]) for v in range(views)])
     errors = [pose_errors(p["view_in_ref"][v], view_in_ref[v]) for v in range(1, views)]
     values["camera_m"], values["camera_rad"] = mean([e[0] for e in errors]), mean([e[1] for e in errors])
@@ -403,7 +405,7 @@ def mean(values, axis=None):
 
 
 def score_views(p, masks):
-    """Cross-view agreement of the two clouds where both truly see, and the two cross-view mIoUs: {name: (T,) values}."""
+    """Agreement of the views' clouds where both truly see, and the two cross-view mIoUs: {name: (T,) values}."""
     true, valid, points = p["true_points"], p["true_valid"], p["points"]
     views, frames = valid.shape[:2]
     true_gripper = p["true_gripper"].any(2) if "true_gripper" in p else None                    # (V, T, H, W)
@@ -425,7 +427,9 @@ def score_views(p, masks):
         cameras = p["intrinsics"][0], p["intrinsics"][v], ref_in_m
         miou.append(defined * cross_view_miou(points[0], masks[0], masks[v], *cameras, z_m, m_seen, slack=1))
         miou_paper.append(cross_view_miou(points[0], masks[0], masks[v], *cameras))
-    values = dict(agreement=mean(agreement, 0), agreement_ratio=mean(agreement, 0) / mean(truths, 0)) if agreement else {}
+    if views == 1:
+        return {}
+    values = dict(agreement=mean(agreement, 0), agreement_ratio=mean(agreement, 0) / mean(truths, 0))
     if miou:
         values.update(miou=mean(miou, 0), miou_paper=mean(miou_paper, 0))
     return values
@@ -435,8 +439,8 @@ def score_gripper(trajectory, true_in_ref, true_opening, true_gripper=None):
     """Errors of the tracked grippers that move in the truth: a parked arm would halve every error. {name: (T,) values}.
 
     trajectory: gripper_in_ref (T+1,A,4,4), opening (T+1,A), lost (T+1,A), frame 0 the observed one; a lost frame counts
-    with the pose that the tracker held. true_gripper (V,T,A,H,W): where some view sees a gripper. Where none does, there is
-    no error to speak of, and `lost` is the right answer: `invented` is the share of such frames that got a pose.
+    with the pose that the tracker held. true_gripper (V,T,A,H,W) tells which view sees which gripper. Where none does,
+    there is no error to speak of, and `lost` is the right answer: `invented` is the share of these that got a pose.
     """
     travel = np.linalg.norm(true_in_ref[:, :, :3, 3] - true_in_ref[0, :, :3, 3], axis=-1).max(0)       # (A,)
     arms = np.flatnonzero(travel > MOVING)
@@ -454,7 +458,8 @@ def score_gripper(trajectory, true_in_ref, true_opening, true_gripper=None):
     translation, rotation = pose_errors(in_ref, true_in_ref)
     return dict(gripper_m=where(seen, translation), gripper_rad=where(seen, rotation),
                 add=where(seen, add_distance(in_ref, opening, true_in_ref, true_opening)),
-                opening=where(seen, np.abs(opening - true_opening)), lost=where(seen, lost), invented=where(~seen, ~lost))
+                opening=where(seen, np.abs(opening - true_opening)),
+                lost=where(seen, lost), invented=where(~seen, ~lost))
 
 
 # ------------------------------------------------------------------------------------------------------- baselines
@@ -465,7 +470,7 @@ def truth_row(p):
 
 
 def last_frame_row(p):
-    """The observed frame repeated, with the true camera poses, which a model is not told: a strong row for a still table."""
+    """The observed frame repeated, with the true camera poses, which a model is not told."""
     observed, valid = data.point_maps(p["observed_depth"], p["intrinsics"])
     over_time = lambda x: np.repeat(x[:, None], p["rgb"].shape[1], axis=1)
     return dict(p, rgb=over_time(p["observed_rgb"]), points=over_time(data.transform(observed, p["true_view_in_ref"])),
@@ -488,13 +493,13 @@ def vae_row(p, model, vaes):
 # -------------------------------------------------------------------------------------- tracks and masks of grippers
 
 def tracks(p, folder=None):
-    """Gripper path and masks in a 4D video: track.py's arrays, and masks (V, T, H, W) bool; None where they can't be had.
+    """A 4D video's gripper path (track.py's arrays) and masks (V, T, H, W) bool; None for what can't be had.
 
-    The path is tracked in the clouds of all views together. Each view's mask comes from that view alone, so that two views
-    which disagree about where the gripper is are caught: track its points, render the hand where the tracker found
-    it, and keep the pixels whose own points lie there. With a `folder`, DIR/NAME/trajectory.npz and DIR/NAME/masks.npz
-    (`gripper`, (V, T, H, W) bool, for instance from SAM 2) are read if they are there and newer than the prediction,
-    and written if not.
+    The path is tracked in the clouds of all views together. Each view's mask comes from that view alone, so that two
+    views which disagree about where the gripper is are caught: track its points, render the hand where the tracker
+    found it, and keep the pixels whose own points lie there. With a `folder`, trajectory.npz and masks.npz in it
+    (`gripper`, (V, T, H, W) bool, for instance from SAM 2) are read if they are newer than its prediction.npz, and
+    written if not.
     """
     if "points" not in p:
         return None, None
@@ -534,12 +539,13 @@ def write_npz(folder, name, arrays):
 
 def one_view(p, v):
     """The prediction with view v only, its points still in the reference frame."""
-    per_view = ("rgb", "points", "valid", "intrinsics", "view_in_ref", "observed_rgb", "observed_depth", "observed_gripper")
+    per_view = ("rgb", "points", "valid", "intrinsics", "view_in_ref",
+                "observed_rgb", "observed_depth", "observed_gripper")
     return {**p, **{key: p[key][v:v + 1] for key in per_view if key in p}}
 
 
 def tracked_mask(p, trajectory):
-    """(T, H, W) bool, where the gripper is seen in a one-view prediction: the rendered hand, where p's points agree to 3 cm."""
+    """Where a one-view prediction shows the gripper, (T, H, W) bool: the rendered hand, if p's points agree to 3 cm."""
     t, height, width = p["rgb"].shape[1:4]
     ref_in_cam = data.invert(p["view_in_ref"][0])
     z_seen = data.transform(p["points"][0], ref_in_cam)[..., 2]                                 # (T, H, W)
@@ -584,9 +590,10 @@ METRICS = {
 }
 TABLES = {
     "As in the paper": "miou_paper miou fvd-n fvd-m abs_rel-n abs_rel-m delta1-n delta1-m",
-    "Moving pixels": "abs_rel_moving-n abs_rel_moving-m delta1_moving-n delta1_moving-m points_moving-n points_moving-m "
-                     "psnr_moving-n psnr_moving-m ssim_moving-n ssim_moving-m",
-    "All pixels": "points-n points-m chamfer psnr-n psnr-m ssim-n ssim-m flicker flicker_rgb fvd_per_clip-n fvd_per_clip-m",
+    "Moving pixels": "abs_rel_moving-n abs_rel_moving-m delta1_moving-n delta1_moving-m "
+                     "points_moving-n points_moving-m psnr_moving-n psnr_moving-m ssim_moving-n ssim_moving-m",
+    "All pixels": "points-n points-m chamfer psnr-n psnr-m ssim-n ssim-m flicker flicker_rgb "
+                  "fvd_per_clip-n fvd_per_clip-m",
     "Cameras and grippers": "agreement agreement_ratio camera_m camera_rad gripper_m gripper_rad add opening lost "
                             "invented",
 }
@@ -596,7 +603,8 @@ PUBLISHED = {
                     "fvd-m": {1: "561", None: "258-561"}, "abs_rel-n": ".03-.06", "abs_rel-m": {1: ".11"},
                     "delta1-n": ".95-.98"},
     "paper: w/o MV attention": {"miou_paper": {1: ".41", 2: ".44", 3: ".26"}, "fvd-n": {1: "497", None: "451-597"},
-                                "fvd-m": "302-607", "abs_rel-n": ".10-.15", "abs_rel-m": {1: ".31"}, "delta1-n": ".75-.89"},
+                                "fvd-m": "302-607", "abs_rel-n": ".10-.15", "abs_rel-m": {1: ".31"},
+                                "delta1-n": ".75-.89"},
     "paper: SVD": {"fvd-n": "370-977", "fvd-m": "417-743"},
     "paper: SVD w/ MV attention": {"fvd-n": "536-942", "fvd-m": "445-767"},
     "paper: 4D Gaussian": {"miou_paper": {1: ".39", 2: ".46", 3: ".44"}, "fvd-n": "1208-1396", "fvd-m": "815-1192",
@@ -605,13 +613,13 @@ PUBLISHED = {
 
 
 class Features:
-    """I3D features of the clips of a row, per view; those of the truth are kept, every row is compared with the same."""
+    """I3D features of clips, per view; those of the truth are kept, every row is compared with the same."""
 
     def __init__(self, i3d):
         self.i3d, self.truth = i3d, {}
 
     def __call__(self, name, p):
-        """{'n': (pred (1, D), true (1, D)), 'm': (pred (V-1, D), true (V-1, D))}, {} without weights or with < 10 frames."""
+        """{'n': (pred (1, D), true (1, D)), 'm': (pred (V-1, D), true (V-1, D))}; {} without weights or 10 frames."""
         if self.i3d is None or p["rgb"].shape[1] < 10:
             return {}
         if name not in self.truth:
@@ -621,7 +629,7 @@ class Features:
 
 
 def score_row(clips, features, protocol="ours"):
-    """Scores of one seed of one method. clips: iterable of (name, p, masks, trajectory) -> {clip: values}, {metric: number}.
+    """One seed of one method: iterable of (name, p, masks, trajectory) -> {clip: values}, {metric: number}.
 
     The second holds what is defined for a set of clips only, the FVDs.
     """
@@ -639,13 +647,14 @@ def score_row(clips, features, protocol="ours"):
 
 
 def summarise(seeds):
-    """Row of a table out of score_row's results for each seed: {metric: mean, spread over seeds, value per seed, horizon}.
+    """A table's row out of score_row's results, one per seed: {metric: mean, spread, per_seed, horizon}.
 
     A clip's value is the mean over its frames, a seed's the mean over its clips. spread: sample standard deviation over
     seeds, None for one seed. horizon: (T,) means over clips and seeds.
     """
     row = {}
-    for name in dict.fromkeys(name for scores, of_set in seeds for values in [*scores.values(), of_set] for name in values):
+    everything = [values for scores, of_set in seeds for values in [*scores.values(), of_set]]
+    for name in dict.fromkeys(name for values in everything for name in values):
         known = [[values[name] for values in scores.values() if name in values] for scores, _ in seeds]
         per_seed = [of_set[name] if name in of_set else float(mean([mean(v) for v in k])) for k, (_, of_set) in
                     zip(known, seeds)]
@@ -663,7 +672,8 @@ def cell(row, name):
         return "n/a"
     _, factor, digits, _ = METRICS[name.removesuffix("-n").removesuffix("-m")]
     spread = row[name]["spread"]
-    return f"{row[name]['mean'] * factor:.{digits}f}" + (f" ± {spread * factor:.{digits}f}" if spread is not None else "")
+    text = f"{row[name]['mean'] * factor:.{digits}f}"
+    return text if spread is None else f"{text} ± {spread * factor:.{digits}f}"
 
 
 def markdown(rows, task=None, notes=()):
@@ -711,12 +721,13 @@ def plot_horizon(rows, path):
 def worst_clips(folders, scores, path, count=3):
     """Picture of the clips with the largest point error: truth, prediction and error map of each view's last frame.
 
-    folders and scores: {clip: prediction's folder} and {clip: values} of one seed. Errors in centimetres; grey where nothing
-    was measured.
+    folders and scores: {clip: prediction's folder} and {clip: values} of one seed. Errors in centimetres; grey where
+    nothing was measured.
     """
     import matplotlib.pyplot as plt
 
-    error = lambda values: mean([values.get(f"points-{v}", -values[f"psnr-{v}"]) for v in "nm" if f"psnr-{v}" in values])
+    error = lambda values: mean([values.get(f"points-{v}", -values[f"psnr-{v}"])
+                                 for v in "nm" if f"psnr-{v}" in values])
     chosen = sorted(scores, key=lambda clip: -error(scores[clip]))[:count]
     clips = {clip: load_prediction(folders[clip] / "prediction.npz") for clip in chosen}
     views = max(len(p["rgb"]) for p in clips.values())
@@ -788,9 +799,10 @@ def sample_test(run, folder, out, seed, count=None, views=2, frames=10, steps=25
 
 def predict(model, vaes, clip, item, frames=10, steps=25, generator=None, device="cpu"):
     """prediction.npz's arrays, truth included, for an item of data.Clips."""
-    rgb, points = sample.sample_views(model, vaes, clip, item["rgb"][None, :, 0].to(device), item["own_points"][None].to(device),
-                                      frames, steps, generator=generator)
-    return sample.add_truth(sample.to_prediction(*sample.observation(item), rgb[0], None if points is None else points[0]), item)
+    observed = item["rgb"][None, :, 0].to(device), item["own_points"][None].to(device)
+    rgb, points = sample.sample_views(model, vaes, clip, *observed, frames, steps, generator=generator)
+    prediction = sample.to_prediction(*sample.observation(item), rgb[0], None if points is None else points[0])
+    return sample.add_truth(prediction, item)
 
 
 # ----------------------------------------------------------------------------------------------- tables of many rows
@@ -845,7 +857,7 @@ def baselines(model=None, vaes=None):
 
 
 def compare(methods, out, task=None, i3d="cached", protocol="ours", run=None):
-    """Scores methods {label: [folders of one seed, ...]} and the baselines on the first method's clips; writes all results."""
+    """Scores methods {label: [folders of one seed, ...]}, and baselines on the first's clips; writes results."""
     out = Path(out)
     network = load_i3d(i3d)
     features, table, per_clip = Features(network), {}, {}
@@ -861,12 +873,12 @@ def compare(methods, out, task=None, i3d="cached", protocol="ours", run=None):
             table[label] = summarise([scored])
 
     seeds, clips = len(first_seeds), len(first_seeds[0])
-    notes = [f"{clips} clips; {seeds} seed{'s, ± is the standard deviation over them' if seeds > 1 else ''}; depth masking: "
-             f"{protocol}. '-n' is the reference view, '-m' the others; moving: truth more than 2 cm from its first frame.",
-             "'last frame repeated' is told the true camera poses. 'ground truth' has the true gripper masks and path: the "
-             "ceiling of the metrics; 'ground truth, tracked' has the tracker's: the ceiling of every row that is tracked."]
+    notes = [f"{clips} clips, {seeds} seed{'s (±: standard deviation over them)' if seeds > 1 else ''}; depth masking: "
+             f"{protocol}. '-n' is the reference view, '-m' the others; moving: more than 2 cm from the first frame.",
+             "'last frame repeated' is told the true camera poses. 'ground truth' has the true gripper masks and path: "
+             "the ceiling of the metrics; 'ground truth, tracked' has the tracker's: the ceiling of what is tracked."]
     if network is None:
-        notes.append(f"FVD: n/a, no I3D weights here. `--i3d hub` downloads {I3D_REPO} (25 MB), `--i3d FILE` reads a copy.")
+        notes.append(f"FVD: n/a, no I3D weights here. `--i3d hub` gets {I3D_REPO} (25 MB), `--i3d FILE` reads a copy.")
     elif clips < 256:
         notes.append(f"FVD from {clips} clips is far above its value for many, whatever the method: compare rows only.")
     text = markdown(table, task, notes)
@@ -915,8 +927,9 @@ def train_ablation(task, folder, run, seeds, flags=()):
     for label, row_flags in ABLATION.items():
         for seed in seeds:
             out = run / "ablation" / f"{re.sub(r'[^a-z]+', '_', label.lower())}_seed_{seed}"
-            command = [sys.executable, str(Path(__file__).with_name("train.py")), "--task", str(task), "--data", str(folder),
-                       "--out", str(out), "--vae", str(run), "--seed", str(seed), *row_flags, *flags]
+            command = [sys.executable, str(Path(__file__).with_name("train.py")), "--task", str(task),
+                       "--data", str(folder), "--out", str(out), "--vae", str(run), "--seed", str(seed),
+                       *row_flags, *flags]
             print("ablation:", " ".join(command[1:]), flush=True)
             if subprocess.run(command).returncode:
                 raise ValueError(f"--ablation: train.py stopped in {out} (see above)")
@@ -945,9 +958,9 @@ def observe(world, cameras, size):
 
 
 def place_cameras(world, draw, size, views, candidates=16):
-    """Cameras that no episode was filmed with, placed as a person would: of all choices among `candidates` random ones that
-    which shows most of the hand at the script's worst moment. A hand that goes below a shelf is seen by few cameras, and
-    what no camera sees no tracker can follow. Returns intrinsics (V,3,3), cam_in_world (V,4,4).
+    """Cameras that no episode was filmed with: of `candidates` random ones the V that see most of the hand, as a person
+    would place them, when the script hides it most. A hand below a shelf is seen by few, and what no camera sees no
+    tracker can follow. Returns intrinsics (V,3,3), cam_in_world (V,4,4).
     """
     world, (grippers, openings) = copy.deepcopy(world), world.demonstration
     tips = grippers[..., :3, 3] + data.TCP * grippers[..., :3, 2]
@@ -959,8 +972,8 @@ def place_cameras(world, draw, size, views, candidates=16):
         if t % STRIDE == 0:
             label = world.observe(data.scale_intrinsics(intrinsics, size, small), cam_in_world, small)[2]
             seen.append([(label == arm).sum((1, 2)) for arm in range(1, 1 + len(world.opening))])
-    worst = lambda choice: np.array(seen)[..., list(choice)].max(-1).min()
-    choice = list(max(permutations(range(candidates), views), key=worst))
+    best_view = lambda choice: np.array(seen)[..., list(choice)].max(-1)                       # (frames, arms)
+    choice = list(max(permutations(range(candidates), views), key=lambda c: (best_view(c).min(), best_view(c).sum())))
     return intrinsics[choice], cam_in_world[choice]
 
 
@@ -987,7 +1000,7 @@ def scripted_future(world, start, cameras, size, frames):
 
 
 def execute(world, motion, opening):
-    """Move the hands as tracked: motion (T,A,4,4) from the first frame in each hand's own frame, opening (T+1,A) m, at 2 Hz.
+    """Move the hands as tracked: motion (T,A,4,4) from the first frame, in each hand's own; opening (T+1,A) m; at 2 Hz.
 
     Only the robot's own idea of where its hands are is needed, no camera pose. Straight lines between frames, at 10 Hz.
     Half a second holds an arrival and a grasp, or a grasp and a departure, and a hand must not close while it moves.
@@ -1028,7 +1041,7 @@ def bridge(path):
 def rollout(task, seed, size, imagine, generated, views=2, frames=10):
     """One try: observe, imagine, track, execute, again. Returns 'success', or what failed first.
 
-    imagine(observation, world, start, cameras) -> the arrays of a 4D video, or None to hold still. A failure is put down to
+    imagine(observation, world, start, cameras) -> the arrays of a 4D video, or None to hold still. A failure is due to
       tracking    the track left the script's path by more than 5 cm while lost, or in a true video;
       generation  it did so in a generated video, and nothing was lost;
       execution   the hand followed the script, and still the object is not where it belongs.
@@ -1059,23 +1072,25 @@ def rollout(task, seed, size, imagine, generated, views=2, frames=10):
 def rollouts(task, count, size, out, model=None, vaes=None, clip=None, steps=25, frames=10, device="cpu"):
     """The success rates of a trained model, of the oracle, and of holding still, on the same worlds and cameras."""
     def generate(observation, world, start, cameras):
-        own_points, _ = data.point_maps(observation["observed_depth"], observation["intrinsics"])
+        seen = [observation[key] for key in ("observed_rgb", "observed_depth", "intrinsics")]
+        own_points, _ = data.point_maps(*seen[1:])
         to_batch = lambda x: torch.from_numpy(np.moveaxis(x, -1, 1).astype(np.float32))[None].to(device)
+        observed = to_batch(seen[0] / 127.5 - 1), to_batch(data.normalize_points(own_points))
         generator = torch.Generator().manual_seed(start)
-        rgb, points = sample.sample_views(model, vaes, clip, to_batch(observation["observed_rgb"] / 127.5 - 1),
-                                          to_batch(data.normalize_points(own_points)), frames, steps, generator=generator)
-        return sample.to_prediction(observation["observed_rgb"], observation["observed_depth"], observation["intrinsics"],
-                                    rgb[0], points[0])
+        rgb, points = sample.sample_views(model, vaes, clip, *observed, frames, steps, generator=generator)
+        return sample.to_prediction(*seen, rgb[0], points[0])
 
     rows = {"oracle: the true future": (lambda _, *now: scripted_future(*now, size, frames), False),
             "hold still": (lambda *_: None, False)}
     if model is not None:
         rows = {"ours": (generate, True), **rows}
     results = {}
-    lines = ["| | success | Wilson 95 % | " + " | ".join(f"failed: {reason}" for reason in FAILURES) + " |", "|---" * 6 + "|"]
+    lines = ["| | success | Wilson 95 % | " + " | ".join(f"failed: {reason}" for reason in FAILURES) + " |",
+             "|---" * 6 + "|"]
     for label, (imagine, generated) in rows.items():
         tries = range(ROLLOUT_SEED, ROLLOUT_SEED + count)
-        outcomes = [rollout(task, seed, size, imagine, generated, frames=frames) for seed in tqdm(tries, desc=label, unit="rollout")]
+        outcomes = [rollout(task, seed, size, imagine, generated, frames=frames)
+                    for seed in tqdm(tries, desc=label, unit="rollout")]
         won = outcomes.count("success")
         low, high = wilson_interval(won, count)
         failures = {reason: outcomes.count(reason) for reason in FAILURES}
@@ -1084,8 +1099,8 @@ def rollouts(task, count, size, out, model=None, vaes=None, clip=None, steps=25,
         lines.append(f"| {label} | {won}/{count} = {won / count:.2f} | {low:.2f}-{high:.2f} | "
                      + " | ".join(str(failures[reason]) for reason in FAILURES) + " |")
     lines.append(f"| *paper: ours, 30 rollouts* | {PUBLISHED_SUCCESS[task]} | | | | |")
-    lines += ["", f"- task {task} ({data.TASKS[task].name}), synthetic world, {size[0]} x {size[1]}, two new cameras a rollout, the "
-              f"best-seeing of 16, at most {CHUNKS} observations, {frames} frames executed after each"]
+    lines += ["", f"- task {task} ({data.TASKS[task].name}), synthetic world, {size[0]} x {size[1]}. A rollout has two "
+              f"new cameras, the best-seeing of 16, and at most {CHUNKS} observations, {frames} frames after each"]
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "rollouts.json").write_text(json.dumps(dict(task=task, size=size, rows=results), indent=1))
@@ -1105,7 +1120,8 @@ def found_predictions(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--task", type=int, choices=data.TASKS, help="; ".join(f"{k} {t.name}" for k, t in data.TASKS.items()))
     add("--predictions", metavar="DIR", help="score DIR/NAME/prediction.npz instead of sampling; DIR/NAME/masks.npz "
@@ -1113,18 +1129,19 @@ def main():
     add("--data", help="packed episodes [data/task_N]")
     add("--run", help="folder that train.py wrote [runs/task_N]")
     add("--out", help="folder for the results [RUN/evaluation, or DIR]")
-    add("--clips", type=int, help="at most this many test clips [all: every held-out episode x ordered pair of test cameras]")
+    add("--clips", type=int, help="at most this many test clips [all: episodes x ordered pairs of test cameras]")
     add("--views", type=int, default=2, help="views of a clip, the first is the reference")
     add("--frames", type=int, default=10, help="frames to predict, two a second")
     add("--steps", type=int, default=25, help="Euler steps of the sampler")
-    add("--seeds", type=int, nargs="+", default=[0, 1], help="of the sampler's noise; with --ablation of the training too")
-    add("--protocol", default="ours", choices=["ours", "released"], help="depth masking; released: as the authors' script")
-    add("--i3d", default="cached", help="weights for FVD: hub (download), a file, or cached (the hub's, if it is here already)")
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="of the sampler's noise; of the training with --ablation")
+    add("--protocol", default="ours", choices=["ours", "released"],
+        help="masking of depth; released: as the authors' script, pixels without depth included")
+    add("--i3d", default="cached", help="weights for FVD: hub (download), a file, or cached (the hub's, if it is here)")
     add("--ablation", action="store_true", help="train and score the four rows of the paper's table")
     add("--train_steps", type=int, help="steps of each row of --ablation [train.py's default]")
     add("--preset", help="of --ablation [train.py's default]")
-    add("--rollout", type=int, metavar="N", help="N closed-loop tries in the synthetic world, with --run's model if it is there")
-    add("--size", type=data.parse_size, default=(128, 160), help="HEIGHTxWIDTH in pixels of a --rollout without a model")
+    add("--rollout", type=int, metavar="N", help="N closed-loop tries in the synthetic world, with RUN's model if any")
+    add("--size", type=data.parse_size, default=(128, 160), help="HEIGHTxWIDTH of a --rollout without a model, pixels")
     args = parser.parse_args()
     if not args.task and not args.predictions:
         raise ValueError("say --task N, or --predictions DIR")
@@ -1135,8 +1152,8 @@ def main():
         return
     run, folder = Path(args.run or f"runs/task_{args.task}"), args.data or f"data/task_{args.task}"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    predictions = lambda run, seed: sample_test(run, folder, run / "evaluation" / f"seed_{seed}", seed, args.clips, args.views,
-                                                args.frames, args.steps, device)
+    predictions = lambda run, seed: sample_test(run, folder, run / "evaluation" / f"seed_{seed}", seed, args.clips,
+                                                args.views, args.frames, args.steps, device)
     if args.rollout:
         loaded, size = (None, None, None), args.size
         if (run / "model.json").exists():
@@ -1148,13 +1165,14 @@ def main():
         return
     if args.ablation:
         flags = ["--steps", str(args.train_steps)] if args.train_steps else []
-        runs = train_ablation(args.task, folder, run, args.seeds, flags + (["--preset", args.preset] if args.preset else []))
+        flags += ["--preset", args.preset] if args.preset else []
+        runs = train_ablation(args.task, folder, run, args.seeds, flags)
         methods = {label: [predictions(trained, seed) for trained, seed in zip(trained_runs, args.seeds)]
                    for label, trained_runs in runs.items()}
         compare(methods, args.out or run / "ablation", args.task, args.i3d, args.protocol, runs["ours"][0])
         return
-    compare({"ours": [predictions(run, seed) for seed in args.seeds]}, args.out or run / "evaluation", args.task, args.i3d,
-            args.protocol, run)
+    compare({"ours": [predictions(run, seed) for seed in args.seeds]}, args.out or run / "evaluation", args.task,
+            args.i3d, args.protocol, run)
 
 
 if __name__ == "__main__":
