@@ -1,8 +1,8 @@
 """The networks: Stable Video Diffusion's U-Net, the two-decoder 4D model built from it, and CLIP's image encoder.
 
-    model = Model4D(PRESETS['tiny'])                                   # from scratch model =
-    Model4D.from_pretrained(PRESETS['svd'], 'stabilityai/stable-video-diffusion-img2vid', dtype=torch.bfloat16) python
-    model.py --preset svd                                       # prints the parameter counts of every part
+    python model.py --preset svd                                       # prints the parameter counts of every part
+    model = Model4D(PRESETS['tiny'])                                   # from scratch
+    model = Model4D.from_pretrained(PRESETS['svd'], SVD_REPO, dtype=torch.bfloat16)
 
 Two views of one scene go through the U-Net as separate streams: an RGB video and a pointmap video per view. All
 streams share encoder and middle. Decoder A writes the RGB of every view and the pointmap of view 0, the reference.
@@ -19,7 +19,8 @@ time embedding.
 References: Blattmann et al. 2023, Stable Video Diffusion (arXiv 2311.15127); Karras et al. 2022, EDM (arXiv
 2206.00364); Liu et al. 2025, Geometry-aware 4D Video Generation for Robot Manipulation (arXiv 2507.01099); Wang et
 al. 2024, DUSt3R (arXiv 2312.14132): the pointmap of a second view in the first view's frame; Radford et al. 2021,
-CLIP (arXiv 2103.00020). """
+CLIP (arXiv 2103.00020).
+"""
 import argparse
 import collections
 import copy
@@ -79,11 +80,11 @@ def vae_config(channels, layers, latent_channels, groups, patch_size=1):
 
 
 PRESETS = {
-    # A laptop CPU, minutes: 8 x 10 latents of 8 channels.
+    # A laptop CPU, minutes: 8 x 10 latents of 12 channels.
     'tiny': Preset('tiny', height=64, width=80, view_heads=4, view_head_dim=32,
-                   unet=unet_config((48, 64), heads=(2, 2), layers=1, latent_channels=8, context=32, groups=8,
+                   unet=unet_config((48, 64), heads=(2, 2), layers=1, latent_channels=12, context=32, groups=8,
                                     attention_levels=0),
-                   vae=vae_config((64,), layers=1, latent_channels=8, groups=8, patch_size=8)),
+                   vae=vae_config((64,), layers=1, latent_channels=12, groups=8, patch_size=8)),
     # One ordinary GPU, an hour: 16 x 20 latents.
     'small': Preset('small', height=128, width=160, view_heads=4, view_head_dim=64,
                     unet=unet_config((64, 128, 256), heads=(1, 2, 4), layers=2, latent_channels=8, context=64,
