@@ -39,6 +39,7 @@ FAN = np.radians(35)        # how much the search turns the hand about each of i
 AGREE = 0.015               # m along the ray, a model point and the measured one are the same surface
 STILL = 0.015               # m along the ray, a pixel that changed less since the observed frame shows scenery
 NOISY = 0.002               # m, above this the depth is a generator's: normals of it mean little, edges are blurred
+COARSE = 0.006              # m, of a pixel on the hand
 OCCLUDED = 0.025            # m, what lies so far in front of a model point hides it
 VOXEL = 0.02                # m, of the search
 HYPOTHESES = 24             # that survive the search and enter ICP
@@ -328,12 +329,17 @@ def compare(model, scene, poses, opening, count=None, shell=False):
         k, n = k[front], n[front]
         measured = scene.depth[v, y[k, n], x[k, n]]
         visible[k, v, n] = True
-        still[k, v, n] = scene.still[v, y[k, n], x[k, n]]
         off = np.where(measured > 0, measured - z[k, n], np.nan)
-        if scene.noise > NOISY:                           # at blurred edges and outliers a neighbouring pixel may speak
-            for dy, dx in ((0, 2), (0, -2), (2, 0), (-2, 0)):
-                other = scene.depth[v, (y[k, n] + dy).clip(0, H - 1), (x[k, n] + dx).clip(0, W - 1)]
-                off = np.where((other > 0) & (np.abs(other - z[k, n]) < np.abs(off)), other - z[k, n], off)
+        unchanged = scene.still[v, y[k, n], x[k, n]]
+        coarse = np.median(z) / scene.intrinsics[v, 0, 0] > COARSE
+        if scene.noise > NOISY or coarse:                 # at blurred or coarse edges and outliers a neighbouring pixel may speak
+            r = 1 if coarse else 2
+            for dy, dx in ((0, r), (0, -r), (r, 0), (-r, 0)):
+                row, column = (y[k, n] + dy).clip(0, H - 1), (x[k, n] + dx).clip(0, W - 1)
+                other = scene.depth[v, row, column]
+                better = (other > 0) & (np.abs(other - z[k, n]) < np.abs(off)) & ~scene.still[v, row, column]
+                off, unchanged = np.where(better, other - z[k, n], off), unchanged & ~better
+        still[k, v, n] = unchanged
         gap[k, v, n] = off
         if shell:
             air = model.shell[:N]
@@ -571,8 +577,8 @@ def believed(model, scene, pose, opening, anew=False):
 def track_one(model, scene, state, dt):
     """The next pose of one hand. state: pose, motion (of the last step, in the gripper's frame), opening, score, missed frames.
 
-    First the quick way, from where the hand was and where its velocity takes it; if that does not fit as well as the last frame
-    did, everything in reach. Returns a new state; where nothing is borne out, `lost` is true and the pose is held.
+    First the quick way, from where the hand was and where its velocity takes it; if it does not rest there and fit as well as in
+    the last frame, everything in reach. Returns a new state; where nothing is borne out, `lost` is true and the pose is held.
     """
     ahead = state.pose @ state.motion
     radius = min(MAX_SPEED * dt * (1 + state.missed), 0.45)
@@ -585,7 +591,8 @@ def track_one(model, scene, state, dt):
     poses = refine(model, scene, cloud, guesses, np.full(2, state.opening), (0.03, 0.02), 400)
     openings = np.full(2, state.opening)
     score = evidence(compare(model, scene, poses, openings, shell=True))[0]
-    if state.missed or score.max() < 0.8 * state.score:
+    rests = np.linalg.norm(poses[np.argmax(score), :3, 3] - state.pose[:3, 3]) < 0.02
+    if state.missed or not rests or score.max() < 0.8 * state.score:
         turns = np.concatenate([np.zeros((1, 3)), FAN * np.eye(3), -FAN * np.eye(3)])
         rotations = state.pose[:3, :3] @ Rotation.from_rotvec(turns).as_matrix()
         wide = search(model, scene, state.pose[:3, 3], rotations, state.opening, radius, HYPOTHESES)

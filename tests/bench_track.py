@@ -28,7 +28,7 @@ sys.path.insert(0, str(HERE.parent))
 import data
 import track
 
-SIZE = 256, 320
+SIZE = 256, 320              # H, W of recorded episodes; --size sets that of synthetic ones
 
 
 def degraded(p, draw):
@@ -87,7 +87,7 @@ def clips(args):
         if args.recorded:
             data.pack_folder(args.recorded, task, out, SIZE)
         elif len(list(out.glob("*/episode.json"))) < args.episodes:
-            data.make_synthetic(task, out, args.episodes, SIZE, samples=1)
+            data.make_synthetic(task, out, args.episodes, args.size, samples=1)
         for folder in data.episode_folders(out)[:args.episodes]:
             cameras = draw.choice(list(data.TEST_CAMERAS), 2, replace=False)
             p = track.episode_prediction(folder, cameras)
@@ -182,6 +182,7 @@ def main():
     parser.add_argument("--episodes", type=int, default=5, help="of each task, at most")
     parser.add_argument("--only", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], help="rows")
     parser.add_argument("--work", default="runs/bench_track", help="folder for the packed episodes")
+    parser.add_argument("--size", type=data.parse_size, default=SIZE, help="HEIGHTxWIDTH of synthetic episodes, pixels")
     parser.add_argument("--seed", type=int, default=0, help="of the cameras and the noise")
     parser.add_argument("--open3d", action="store_true", help="time our icp beside Open3D's")
     args = parser.parse_args()
