@@ -1321,48 +1321,47 @@ def download_episodes(task, out, size, episodes=None, keep_raw=False):
 # ------------------------------------------------------------------------------------------------ pictures and commands
 
 def preview(data, path, seed=0):
-    """A picture of one clip of a data folder: RGB, depth and labels of two views, and both clouds in the reference frame."""
+    """A picture of one clip: RGB, labels and depth of two views, and both clouds in the reference camera's frame."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder = episode_folders(data)[0]
-    episode = load_episode(folder)
-    size = episode.rgb.shape[2:4]
-    clip = Clips(data, "train", size, seed=seed)[0]
-    picture = plt.figure(figsize=(17, 7), layout="constrained")
-    grid = picture.add_gridspec(2, 5, width_ratios=[1, 1, 1, 1.1, 1.1])
-    for view in range(2):
-        depth = denormalize_points(clip["own_points"][view, 2]).numpy()
-        depth[~clip["valid"][view, 0].numpy()] = np.nan
-        mask = clip["gripper"][view, 0].any(-1).numpy()
-        image = (clip["rgb"][view, 0].permute(1, 2, 0).numpy() + 1) / 2
-        last = (clip["rgb"][view, -1].permute(1, 2, 0).numpy() + 1) / 2
-        panels = [("observed", image, {}), ("5 s later", last, {}), ("depth, m", depth, dict(cmap="viridis"))]
-        for column, (title, shown, options) in enumerate(panels):
+    draw = np.random.default_rng(seed)
+    episode = load_episode(draw.choice(episode_folders(data)))
+    start = int(draw.choice(moving_starts(episode, 10) or [0]))
+    cameras = draw.choice(len(episode.rgb), 2, replace=False)
+    stride = max(1, round(episode.rate_hz / CLIP_HZ))
+    last = min(start + 10 * stride, episode.rgb.shape[1] - 1)
+    own, valid = point_maps(episode.depth[cameras, start] / 1000, episode.intrinsics[cameras])          # (2, H, W, 3)
+    world_in_ref = invert(episode.cam_in_world[cameras[0], start])
+    points = transform(own, world_in_ref @ episode.cam_in_world[cameras, start])
+    label_colors = np.array([[0.85, 0.85, 0.85], [0.8, 0.1, 0.1], [0.1, 0.3, 0.8], [0.1, 0.6, 0.2]])
+
+    picture = plt.figure(figsize=(20, 7), layout="constrained")
+    grid = picture.add_gridspec(2, 6, width_ratios=[1, 1, 1, 1.1, 1.1, 1.1])
+    for view, camera in enumerate(cameras):
+        panels = [("observed", episode.rgb[camera, start]), (f"{(last - start) / episode.rate_hz:g} s later", episode.rgb[camera, last]),
+                  ("grippers red, blue; object green", label_colors[episode.label[camera, start]]),
+                  ("depth, m", np.where(valid[view], own[view, ..., 2], np.nan))]
+        for column, (title, shown) in enumerate(panels):
             axes = picture.add_subplot(grid[view, column])
-            drawn = axes.imshow(shown, **options)
-            axes.set_title(f"view {view}{' (reference)' if view == 0 else ''}: {title}", fontsize=9)
+            drawn = axes.imshow(shown)
+            axes.set_title(f"camera {camera + 1}{' (reference)' if view == 0 else ''}: {title}", fontsize=9)
             axes.axis("off")
-            if column == 0:
-                axes.contour(mask, [0.5], colors="red", linewidths=1)
-            if column == 2:
-                picture.colorbar(drawn, ax=axes, shrink=0.7)
-    for column, by_view in ((3, False), (4, True)):
+        picture.colorbar(drawn, ax=axes, shrink=0.7)
+    for column, by_view in ((4, False), (5, True)):
         axes = picture.add_subplot(grid[:, column], projection="3d")
-        for view in range(2):
-            keep = clip["valid"][view, 0].numpy()
-            points = denormalize_points(clip["points"][view, 0]).permute(1, 2, 0).numpy()[keep]
-            colors = (clip["rgb"][view, 0].permute(1, 2, 0).numpy()[keep] + 1) / 2
-            thin = np.random.default_rng(0).permutation(len(points))[:4000]
-            x, y, z = points[thin].T
+        for view, camera in enumerate(cameras):
+            cloud, colors = points[view][valid[view]], episode.rgb[camera, start][valid[view]] / 255
+            thin = np.random.default_rng(0).permutation(len(cloud))[:4000]
+            x, y, z = cloud[thin].T
             axes.scatter(x, z, -y, c=["tab:blue", "tab:orange"][view] if by_view else colors[thin], s=2, linewidths=0)
         axes.set_aspect("equal")
         axes.view_init(elev=25, azim=-70)
         axes.set(xlabel="x", ylabel="z", zlabel="-y")
-        axes.set_title("both clouds, reference frame" + (": blue 0, orange 1" if by_view else ": RGB"), fontsize=9)
-    picture.suptitle(f"{data}: {clip['name']}")
-    picture.savefig(path, dpi=90)
+        axes.set_title("both clouds, reference frame" + (": one colour a view" if by_view else ": RGB"), fontsize=9)
+    picture.suptitle(f"{episode.folder}, frame {start}")
+    picture.savefig(path, dpi=80)
     plt.close(picture)
 
 

@@ -107,6 +107,15 @@ PRESETS = {
 }
 
 
+def choose_preset():
+    """The largest preset that this machine trains in reasonable time, and the reason in words."""
+    if not torch.cuda.is_available():
+        return "tiny", "no CUDA GPU here"
+    memory = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
+    name = torch.cuda.get_device_name(0)
+    return ("svd", f"{name}, {memory:.0f} GB") if memory > 44 else ("small", f"{name}, {memory:.0f} GB; svd needs 48")
+
+
 # ------------------------------------------------------------------------------------------- loading published weights
 
 def load_pretrained(module_class, folder_or_repo, subfolder=None, dtype=torch.float32, device='cpu'):

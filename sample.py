@@ -37,15 +37,16 @@ FPS = D.CLIP_HZ
 
 # ------------------------------------------------------------------------------------------------------- conditioning
 
-def encode_conditions(model, vaes, clip, rgb, own_points):
+def encode_conditions(model, vaes, clip, rgb, own_points, rgb_noise=0.0):
     """What the observed frame tells the model about each stream.
 
     rgb, own_points: (B, V, 3, H, W) in [-1, 1]; own_points in each view's own camera frame (None when the model is RGB only).
     vaes: {'rgb': VAE, 'pointmap': VAE}; clip: CLIPImageEncoder or None. Returns cond (B, V, S, C, h, w), concatenated to the
     noisy latents of every frame, and image_embeds (B, V, D), one CLIP token per view (None without CLIP).
+    rgb_noise, shaped like rgb, is added to what the VAE sees and not to what CLIP sees, as in SVD's own pipeline.
     """
     b = rgb.shape[0]
-    streams = [("rgb", rgb)] + ([("pointmap", own_points)] if not model.rgb_only else [])
+    streams = [("rgb", rgb + rgb_noise)] + ([("pointmap", own_points)] if not model.rgb_only else [])
     cond = []
     for name, images in streams:
         latents = encode_latents(vaes[name], images.flatten(0, 1))                    # (B V, C, h, w), unit scale
@@ -97,7 +98,7 @@ def sample_latents(model, cond, embeds, frames, steps=25, guidance=1.0, generato
     1 runs no unconditional pass. generator: of the starting noise, drawn on the CPU so that every device starts alike.
     """
     b, v, s, c, h, w = cond.shape
-    noise = torch.randn((b, v, s, frames, c, h, w), generator=generator).to(cond)
+    noise = torch.randn((b, v, s, frames, c, h, w), generator=generator).to(cond.device)     # float32, whatever the model's
     weight = torch.linspace(1, guidance, frames, device=cond.device)[:, None, None, None]              # (T, 1, 1, 1)
 
     def denoise(x, sigma):
@@ -125,17 +126,19 @@ def decode(model, vaes, latents, chunk=None):
         parts = []
         for first in range(0, t, chunk):
             part = latents[:, :, stream, first:first + chunk]                               # (B, V, chunk, C, h, w)
-            parts.append(decode_latents(vaes[name], part.flatten(0, 2), part.shape[2])
-                         .unflatten(0, part.shape[:3]))
+            part = part.to(next(vaes[name].parameters()).dtype)
+            decoded = decode_latents(vaes[name], part.flatten(0, 2), part.shape[2])
+            parts.append(decoded.unflatten(0, part.shape[:3]))
         images.append(torch.cat(parts, 2))
     rgb = images[0].clamp(-1, 1)
     return rgb, D.denormalize_points(images[1].float()) if s == 2 else None
 
 
-def sample_views(model, vaes, clip, rgb, own_points, frames=10, steps=25, guidance=1.0, generator=None, chunk=None):
+def sample_views(model, vaes, clip, rgb, own_points, frames=10, steps=25, guidance=1.0, generator=None, chunk=None,
+                 rgb_noise=0.0):
     """The whole way for a batch: observed rgb, own_points (B, V, 3, H, W) -> what `decode` returns."""
     with torch.no_grad():
-        cond, embeds = encode_conditions(model, vaes, clip, rgb, own_points)
+        cond, embeds = encode_conditions(model, vaes, clip, rgb, own_points, rgb_noise)
     latents = sample_latents(model, cond, embeds, frames, steps, guidance, generator)
     return decode(model, vaes, latents, chunk)
 
@@ -482,10 +485,12 @@ def main():
     own = to_batch(D.normalize_points(own_points))
     guidance = args.guidance or (3.0 if args.svd else 1.0)
     generator = torch.Generator().manual_seed(args.seed)
+    rgb_noise = 0.0
     if args.svd:                                        # SVD was trained on slightly noisy observed frames, and told so
-        rgb = rgb + M.NOISE_AUGMENTATION * torch.randn(rgb.shape, generator=generator).to(rgb)
+        rgb_noise = M.NOISE_AUGMENTATION * torch.randn(rgb.shape, generator=generator).to(rgb)
     started = time.time()
-    rgb, points = sample_views(model, vaes, clip, rgb, own, args.frames, args.steps, guidance, generator, args.chunk)
+    rgb, points = sample_views(model, vaes, clip, rgb, own, args.frames, args.steps, guidance, generator, args.chunk,
+                               rgb_noise)
     seconds = time.time() - started
 
     prediction = to_prediction(observed_rgb, observed_depth, intrinsics, rgb[0].float(), None if points is None else points[0])

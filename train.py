@@ -41,7 +41,7 @@ from tqdm import tqdm
 import data as D
 import model as M
 import sample as S
-from vae import Muon, Stop, choose_preset
+from vae import Muon, Stop
 
 # What a preset trains with, unless a flag says otherwise.
 #   steps          optimiser steps
@@ -266,7 +266,7 @@ def parse():
     add("--dry_run", action="store_true", help="print the resolved settings and sizes, then stop")
     args = parser.parse_args()
     if args.preset == "auto":
-        args.preset, why = choose_preset()
+        args.preset, why = M.choose_preset()
         print(f"preset: {args.preset} ({why})")
     for name, value in DEFAULTS[args.preset].items():
         if getattr(args, name, None) is None:
@@ -396,7 +396,8 @@ def main():
     if args.precision == "auto":
         args.precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
-    context = (lambda: torch.autocast(device.type, kind)) if kind else nullcontext
+    # autocast would keep every weight in half precision too, until the end of the forward pass: memory that checkpointing saves
+    context = (lambda: torch.autocast(device.type, kind, cache_enabled=not args.checkpointing)) if kind else nullcontext
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     parameters = [p for p in raw_model.parameters() if p.requires_grad]
     optimizers = optimizers_of(raw_model, args)

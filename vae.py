@@ -849,15 +849,6 @@ def plot_log(path, log_path):
 
 # ---------------------------------------------------------------------------------------------------------- the script
 
-def choose_preset():
-    """The largest preset that this machine trains in reasonable time, and the reason in words."""
-    if not torch.cuda.is_available():
-        return "tiny", "no CUDA GPU here"
-    memory = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
-    name = torch.cuda.get_device_name(0)
-    return ("svd", f"{name}, {memory:.0f} GB") if memory > 44 else ("small", f"{name}, {memory:.0f} GB; svd needs 48")
-
-
 def parse(argv=None):
     """Options with everything resolved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -875,7 +866,7 @@ def parse(argv=None):
     if options.task not in D.TASKS:
         raise ValueError(f"--task is one of {', '.join(map(str, D.TASKS))}, not {options.task}")
     if options.preset == "auto":
-        options.preset, why = choose_preset()
+        options.preset, why = M.choose_preset()
         print(f"preset: {options.preset} ({why})")
     if options.preset not in PRESET_OPTIONS:
         raise ValueError(f"--preset is auto or one of {', '.join(PRESET_OPTIONS)}, not {options.preset}")

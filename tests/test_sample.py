@@ -1,10 +1,21 @@
-"""The sampler on problems with a known answer, poses out of pointmaps, pictures (sample.py)."""
+"""The sampler on problems with a known answer, plain SVD end to end, poses out of pointmaps, pictures (sample.py)."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
 
 import data as D
+import model as M
 import sample as S
+import vae as V
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_sigmas_span_the_range_and_end_in_zero():
@@ -48,6 +59,64 @@ def test_the_same_seed_starts_alike():
     model = lambda x, sigma, cond, embeds: 0.5 * x
     runs = [S.sample_latents(model, cond, None, 2, steps=3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+# ---- plain SVD, image to video
+
+@pytest.fixture(scope="module")
+def hub_folder(tmp_path_factory):
+    """Small random networks in the hub's layout: unet, vae, image_encoder."""
+    folder = tmp_path_factory.mktemp("hub")
+    configs = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
+    torch.manual_seed(0)
+    parts = (("unet", "unet", M.UNet, "diffusion_pytorch_model"), ("vae", "vae", V.VAE, "diffusion_pytorch_model"),
+             ("image_encoder", "clip", M.CLIPImageEncoder, "model"))
+    for name, key, kind, stem in parts:
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(configs[key]))
+        module = kind.from_config(configs[key])
+        for p in module.parameters():
+            p.data += 0.02 * torch.randn(p.shape)
+        save_file(module.state_dict(), folder / name / f"{stem}.safetensors")
+    return folder
+
+
+def test_plain_svd_command(hub_folder, tmp_path):
+    imageio.imwrite(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (100, 130, 3)).astype(np.uint8))
+    command = [sys.executable, ROOT / "sample.py", "--svd", hub_folder, "--rgb", tmp_path / "a.png", "--frames", "3", "--steps", "2",
+               "--chunk", "2", "--out", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with np.load(tmp_path / "out" / "prediction.npz") as prediction:
+        assert prediction["rgb"].shape == (1, 3, 256, 320, 3) and "points" not in prediction
+    assert (tmp_path / "out" / "rgb.gif").exists()
+
+
+def test_plain_svd_equals_the_reference_pipeline(hub_folder, monkeypatch):
+    """Guidance over frames, conditions, Euler steps, decoding in chunks: compared with diffusers where it is installed."""
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(M, "NOISE_AUGMENTATION", 0.0)
+    unet = diffusers.UNetSpatioTemporalConditionModel.from_pretrained(hub_folder, subfolder="unet").double()
+    vae = diffusers.AutoencoderKLTemporalDecoder.from_pretrained(hub_folder, subfolder="vae").double()
+    vae.register_to_config(force_upcast=False)
+    clip = transformers.CLIPVisionModelWithProjection.from_pretrained(hub_folder, subfolder="image_encoder").double()
+    scheduler = diffusers.EulerDiscreteScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", interpolation_type="linear",
+        prediction_type="v_prediction", sigma_min=0.002, sigma_max=700.0, timestep_spacing="leading", timestep_type="continuous",
+        steps_offset=1, use_karras_sigmas=True)
+    pipeline = diffusers.StableVideoDiffusionPipeline(vae, clip, unet, scheduler, transformers.CLIPImageProcessor())
+    pipeline.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    start = torch.randn(1, 3, 4, 16, 24, generator=torch.Generator().manual_seed(2))                 # as sample_latents draws it
+    theirs = pipeline(image, height=64, width=96, num_frames=3, num_inference_steps=4, fps=7, motion_bucket_id=127,
+                      noise_aug_strength=0.0, decode_chunk_size=2, latents=start.double(), output_type="pt").frames[0]
+
+    model, vaes, clip = S.load_svd(hub_folder, dtype=torch.float64)
+    # the pipeline's feature extractor goes through [0, 1] and back, ours takes [-1, 1]
+    rgb, _ = S.sample_views(model, vaes, clip, 2 * image[None] - 1, None, frames=3, steps=4, guidance=3.0, chunk=2,
+                            generator=torch.Generator().manual_seed(2))
+    assert (theirs - (rgb[0, 0] + 1) / 2).abs().max() < 1e-4
 
 
 # ---- poses out of pointmaps
@@ -140,7 +209,6 @@ def test_splat_shows_the_nearer_point():
 # ---- the user's own pictures
 
 def test_own_pictures_are_read_and_wrong_ones_named(tmp_path):
-    import imageio.v3 as imageio
     files = {name: str(tmp_path / name) for name in ("a.png", "b.png", "da.png", "db.png", "small.png", "k.npz", "k1.npz")}
     for name in ("a.png", "b.png"):
         imageio.imwrite(files[name], np.full((48, 60, 3), 100, np.uint8))
