@@ -1,22 +1,23 @@
-"""The gripper's path out of a 4D video: render the hand, fit it to the points by ICP, and say "lost" when it does not fit.
+"""The gripper's path out of a 4D video: render the hand, fit it by ICP, and say "lost" when it does not fit.
 
-    python track.py --prediction runs/task_1/samples/NAME/prediction.npz     # trajectory.npz, overlay.gif, path.png beside it
-    python track.py --prediction P.npz --init mask                           # first pose from the observed gripper masks alone
-    python track.py --prediction P.npz --hand hand.obj --finger finger.obj   # CAD meshes instead of the built-in hand
-    python track.py --episode data/task_1/episode_000 --cameras 13 14        # true pointmaps of a packed episode, with errors
-    python track.py --episode ... --object box.obj                           # any other rigid mesh, from its first mask
+    python track.py --prediction runs/task_1/samples/NAME/prediction.npz  # + trajectory.npz, overlay.gif, path.png
+    python track.py --prediction P.npz --init mask                        # first pose from the observed gripper masks
+    python track.py --prediction P.npz --hand hand.obj --finger finger.obj    # CAD meshes instead of the built-in hand
+    python track.py --episode data/task_1/episode_000 --cameras 12 13  # a packed episode's true pointmaps, with errors
+    python track.py --episode ... --object box.obj                        # any other rigid mesh, from its first mask
 
-For every frame: (1) what has not changed since the observed frame is scenery; (2) a voxel search over all places the hand
-can have reached, (3) ICP of the best few, with the model points that are visible at the estimate, (4) render-and-compare
-decides, counting what agrees, what should be seen and is not, and what is there and should not be, (5) the fingers are slid
-along y until they fit. All views' points lie in one frame, so that they are fused by simply being put together.
+For every frame: (1) what has not changed since the observed frame is scenery; (2) a voxel search over all places the
+hand can have reached, (3) ICP of the best few, with the model points that are visible at the estimate, (4)
+render-and-compare decides, counting what agrees, what should be seen and is not, and what is there and should not be,
+(5) the fingers are slid along y until they fit. All views' points lie in one frame, so that they are fused by simply
+being put together.
 
 Letters   K hypotheses, N model points, M scene points, V views, F = 1 observed + T frames, A arms, H W pixels
 Frames    ref: the reference camera (view 0); cam: a view's own camera; gripper: Franka's hand frame (z out of the palm,
           fingers slide along y). `a_in_b` is the 4 x 4 that takes a-coordinates to b-coordinates. Metres, radians.
 
-References: Besl and McKay 1992 (ICP); Chen and Medioni 1991 (point-to-plane); Kabsch 1976; Tukey's biweight; FoundationPose,
-arXiv 2312.08344, which the paper uses here and which gives no word when it is lost.
+References: Besl and McKay 1992 (ICP); Chen and Medioni 1991 (point-to-plane); Kabsch 1976; Tukey's biweight;
+FoundationPose, arXiv 2312.08344, which the paper uses here and which gives no word when it is lost.
 """
 import argparse
 import sys
@@ -30,7 +31,7 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from data import (FAR, RIGHT_GRIPPER, LEFT_GRIPPER, OBJECT, gripper_mesh, invert, load_episode, load_mesh, point_maps,
+from data import (RIGHT_GRIPPER, LEFT_GRIPPER, OBJECT, gripper_mesh, invert, load_episode, load_mesh, point_maps,
                   rasterize, transform)
 
 STROKE = 0.08               # m, the widest opening
@@ -45,14 +46,16 @@ VOXEL = 0.02                # m, of the search
 HYPOTHESES = 24             # that survive the search and enter ICP
 SHELL = 0.03                # m, so far outside the hand there is nothing
 EVENT = 0.006               # m, the fingers' way beyond which they have closed or opened
-MIN_AGREE, MIN_RATIO, MIN_SCORE = 100, 3, 0.2  # of a pose that is believed: model points that agree; agree / contradict; score a point
+# of a pose that is believed: model points that agree; agree / contradict; score a point
+MIN_AGREE, MIN_RATIO, MIN_SCORE = 100, 3, 0.2
 HALF_TURN = np.diag([-1.0, -1.0, 1.0, 1.0])  # about the approach axis: it maps the hand onto itself, fingers swapped
 
 
 # ------------------------------------------------------------------------------------------------------- the model
 
 def sample_surface(vertices, faces, count, seed=0):
-    """`count` points (count,3) spread evenly over a mesh, and their outward normals (corners counter-clockwise from outside)."""
+    """`count` points (count,3) spread evenly over a mesh, and their outward normals (corners counter-clockwise from
+    outside)."""
     a, b, c = np.moveaxis(vertices[faces], 1, 0)
     normal = np.cross(b - a, c - a)
     area = np.linalg.norm(normal, axis=1)
@@ -68,8 +71,9 @@ def make_model(bodies, counts, seed=0):
     """Surface points of bodies that slide along y as the hand opens.
 
     bodies: list of (vertices, faces, slide), slide = dy / d(opening): 0 for the hand, +1/2 and -1/2 for the fingers.
-    Returns a namespace: points, normals (N,3) at opening 0, slide (N,), shell (N,) bool: nothing but air is SHELL above it;
-    vertices, faces, vertex_slide of all bodies as one mesh; reach, m, of its farthest point; spacing, m, of its points.
+    Returns a namespace: points, normals (N,3) at opening 0, slide (N,), shell (N,) bool: nothing but air is SHELL
+    above it; vertices, faces, vertex_slide of all bodies as one mesh; reach, m, of its farthest point; spacing, m, of
+    its points.
     """
     sampled = [sample_surface(v, f, n, seed) for (v, f, _), n in zip(bodies, counts)]
     points, normals = (np.concatenate(x) for x in zip(*sampled))
@@ -77,21 +81,31 @@ def make_model(bodies, counts, seed=0):
     starts = np.cumsum([0] + [len(v) for v, _, _ in bodies])
     order = np.random.default_rng(seed).permutation(len(points))  # so that the first n points are a sample of them all
     model = SimpleNamespace(
-        points=points[order], normals=normals[order], slide=np.repeat(slides, counts)[order],
-        vertices=np.concatenate([v for v, _, _ in bodies]), faces=np.concatenate([f + s for (_, f, _), s in zip(bodies, starts)]),
-        vertex_slide=np.repeat(slides, [len(v) for v, _, _ in bodies]))
+        points=points[order],
+        normals=normals[order],
+        slide=np.repeat(slides, counts)[order],
+        vertices=np.concatenate([v for v, _, _ in bodies]),
+        faces=np.concatenate([f + s for (_, f, _), s in zip(bodies, starts)]),
+        vertex_slide=np.repeat(slides, [len(v) for v, _, _ in bodies]),
+    )
     model.reach = np.linalg.norm(model.points, axis=1).max() + STROKE / 2 * bool(np.any(slides))
-    area = sum(np.linalg.norm(np.cross(v[f[:, 1]] - v[f[:, 0]], v[f[:, 2]] - v[f[:, 0]]), axis=1).sum() / 2 for v, f, _ in bodies)
+    area = sum(
+        np.linalg.norm(np.cross(v[f[:, 1]] - v[f[:, 0]], v[f[:, 2]] - v[f[:, 0]]), axis=1).sum() / 2
+        for v, f, _ in bodies
+    )
     model.spacing = np.sqrt(area / len(points))
     above = model.points + SHELL * model.normals
-    away = [cKDTree(at_opening(model, [w])[0]).query(at_opening(model, [w], above)[0])[0] for w in (0, STROKE / 2, STROKE)]
+    away = [
+        cKDTree(at_opening(model, [w])[0]).query(at_opening(model, [w], above)[0])[0] for w in (0, STROKE / 2, STROKE)
+    ]
     # None at the flange, where the arm goes on, and none beyond the palm, where an object may be held.
     model.shell = (np.min(away, 0) > 0.8 * SHELL) & (above[:, 2] > 0) & (above[:, 2] < 0.085) & bool(np.any(slides))
     return model
 
 
 def hand_model(hand=None, finger=None):
-    """The gripper as a model; from two mesh files (metres, hand frame; the left finger at opening 0), or the built-in one."""
+    """The gripper as a model; from two mesh files (metres, hand frame; the left finger at opening 0), or the built-in
+    one."""
     if (hand is None) != (finger is None):
         raise ValueError("--hand and --finger belong together: give both mesh files, or neither for the built-in hand")
     parts = {"hand": load_mesh(hand), "finger": load_mesh(finger)} if hand else gripper_mesh()
@@ -108,7 +122,8 @@ def at_opening(model, opening, points=None):
 
 
 def add_mount(model, scene, pose, opening):
-    """The model with what is fixed to its flange: the last link of the arm turns with the hand, and the observed frame shows it.
+    """The model with what is fixed to its flange: the last link of the arm turns with the hand, and the observed
+    frame shows it.
 
     Without it the arm's points, which no mesh explains, pull the hand's edge towards them.
     """
@@ -120,7 +135,8 @@ def add_mount(model, scene, pose, opening):
     behind = (in_gripper[:, 2] > -0.10) & (in_gripper[:, 2] < 0.03) & (np.linalg.norm(in_gripper[:, :2], axis=1) < 0.09)
     keep = np.flatnonzero(behind & (away > 0.012))
     cells = np.floor(in_gripper[keep] / (1.2 * model.spacing)).astype(int)
-    keep = keep[np.unique(cells, axis=0, return_index=True)[1]]                 # one point a cell: even, like the mesh's
+    # one point a cell: even, like the mesh's
+    keep = keep[np.unique(cells, axis=0, return_index=True)[1]]
     grown = SimpleNamespace(**vars(model))
     grown.points = np.concatenate([model.points, in_gripper[keep]])
     grown.normals = np.concatenate([model.normals, cloud.normals[keep] @ pose[:3, :3]])
@@ -134,12 +150,14 @@ def add_mount(model, scene, pose, opening):
 # ------------------------------------------------------------------------------------------------------------- ICP
 
 def kabsch(source, target, weight):
-    """The rigid motions (K,4,4) that bring source (K,N,3) onto target (K,N,3), weight (K,N), in the least-squares sense."""
+    """The rigid motions (K,4,4) that bring source (K,N,3) onto target (K,N,3), weight (K,N), in the least-squares
+    sense."""
     weight = weight / weight.sum(-1, keepdims=True).clip(1e-12)
     a, b = (weight[..., None] * source).sum(1), (weight[..., None] * target).sum(1)         # (K,3) centroids
     covariance = (weight[..., None] * (target - b[:, None])).mT @ (source - a[:, None])     # (K,3,3)
     U, _, Vt = np.linalg.svd(covariance)
-    U[..., 2] *= np.linalg.det(U @ Vt)[:, None]                                             # a rotation, not a mirror image
+    # a rotation, not a mirror image
+    U[..., 2] *= np.linalg.det(U @ Vt)[:, None]
     return rigid(U @ Vt, b - ((U @ Vt) @ a[..., None])[..., 0])
 
 
@@ -196,12 +214,12 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
     """Iterative closest point from one or many starting poses at once.
 
     source (N,3), or (K,N,3) one set a start; target (M,3); init (4,4) or (K,4,4), default identity. Planes are those of
-    `source_normals` if given (a rendered model's have no noise), else of `target_normals`, else point-to-point (Kabsch).
-    weight (N,) or (K,N), target_weight (M,); kernel 'none' | 'huber' | 'tukey', its scale is max_correspondence_distance;
-    trim: the share of nearest pairs that is used; min_cosine: between the two normals, when both are given; tree: a cKDTree
-    of target. Stops when no start moves by more than `tolerance`.
-    Returns transformation (4,4), source to target; fitness, inliers / points in the source; inlier_rmse, m. With K starts
-    each has a leading K. Raises ValueError for an empty cloud or a shape that does not fit.
+    `source_normals` if given (a rendered model's have no noise), else of `target_normals`, else point-to-point
+    (Kabsch). weight (N,) or (K,N), target_weight (M,); kernel 'none' | 'huber' | 'tukey', its scale is
+    max_correspondence_distance; trim: the share of nearest pairs that is used; min_cosine: between the two normals,
+    when both are given; tree: a cKDTree of target. Stops when no start moves by more than `tolerance`.
+    Returns transformation (4,4), source to target; fitness, inliers / points in the source; inlier_rmse, m. With K
+    starts each has a leading K. Raises ValueError for an empty cloud or a shape that does not fit.
     """
     source, target = np.asarray(source, float), np.asarray(target, float)
     if source.shape[-1:] != (3,) or target.shape[-1:] != (3,) or not source.size or not target.size:
@@ -228,13 +246,23 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
         if target_weight is not None:
             w = w * target_weight[index]
         if trim < 1:
-            limit = np.nanquantile(np.where(w > 0, distance, np.nan), trim, axis=1, keepdims=True) if (w > 0).any(1).all() else np.inf
+            limit = (
+                np.nanquantile(np.where(w > 0, distance, np.nan), trim, axis=1, keepdims=True)
+                if (w > 0).any(1).all()
+                else np.inf
+            )
             w = w * (distance <= limit)
         partner = target[index]
-        normal = normals @ T[:, :3, :3].mT if normals is not None else None if target_normals is None else target_normals[index]
+        normal = (
+            normals @ T[:, :3, :3].mT
+            if normals is not None
+            else None if target_normals is None else target_normals[index]
+        )
         if min_cosine is not None:
             w = w * ((normal * target_normals[index]).sum(-1) > min_cosine)
-        step = kabsch(moved, partner, w) if normal is None else gauss_newton(moved, partner, normal, w, T[:, :3, 3], slip)
+        step = (
+            kabsch(moved, partner, w) if normal is None else gauss_newton(moved, partner, normal, w, T[:, :3, 3], slip)
+        )
         step[w.sum(1) <= 0] = np.eye(4)
         T = step @ T                                      # R' = dR R; the origin moves by dt
         if np.abs(step - np.eye(4)).max() < tolerance:
@@ -252,14 +280,22 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
 def make_scene(points, valid, intrinsics, view_in_ref, observed=None, here=None):
     """One frame: points (V,H,W,3) in ref, valid (V,H,W), intrinsics (V,3,3), view_in_ref (V,4,4).
 
-    With the `observed` frame's scene and `here` (V,H,W), where its hands were, it also holds: still (V,H,W), the pixels that
-    have not changed since and so show no hand; and noise, m, how much those fluctuate: tolerances grow with it.
+    With the `observed` frame's scene and `here` (V,H,W), where its hands were, it also holds: still (V,H,W), the
+    pixels that have not changed since and so show no hand; and noise, m, how much those fluctuate: tolerances grow
+    with it.
     """
     ref_in_view = invert(view_in_ref)
     z = np.einsum("vj,vhwj->vhw", ref_in_view[:, 2, :3], points) + ref_in_view[:, 2, 3, None, None]
     depth = np.where(valid & (z > 0), z, 0).astype(np.float32)
-    scene = SimpleNamespace(points=points, depth=depth, intrinsics=intrinsics, ref_in_view=ref_in_view, view_in_ref=view_in_ref,
-                            still=np.zeros(depth.shape, bool), noise=0.0)
+    scene = SimpleNamespace(
+        points=points,
+        depth=depth,
+        intrinsics=intrinsics,
+        ref_in_view=ref_in_view,
+        view_in_ref=view_in_ref,
+        still=np.zeros(depth.shape, bool),
+        noise=0.0,
+    )
     if observed is not None:
         change = np.abs(depth - observed.depth)
         both = (depth > 0) & (observed.depth > 0)
@@ -270,7 +306,8 @@ def make_scene(points, valid, intrinsics, view_in_ref, observed=None, here=None)
 
 
 def look_up(scene, v, points):
-    """Points (...,3) in ref -> their pixels y, x in view v (clipped into the image), z, and whether they are in the image."""
+    """Points (...,3) in ref -> their pixels y, x in view v (clipped into the image), z, and whether they are in the
+    image."""
     H, W = scene.depth.shape[1:]
     in_cam = points @ scene.ref_in_view[v, :3, :3].T + scene.ref_in_view[v, :3, 3]
     f, z = scene.intrinsics[v], in_cam[..., 2]
@@ -282,7 +319,8 @@ def look_up(scene, v, points):
 
 
 def nearby(scene, centre, radius, limit, still=False):
-    """At most `limit` candidate points within `radius` of `centre`: points, normals (M,3), view (M,); None if there are < 20."""
+    """At most `limit` candidate points within `radius` of `centre`: points, normals (M,3), view (M,); None if there
+    are < 20."""
     keep = (scene.depth > 0) & (np.abs(scene.points - centre).max(-1) < radius)
     v, y, x = np.nonzero(keep if still else keep & ~scene.still)
     if len(v) < 20:
@@ -305,8 +343,9 @@ def compare(model, scene, poses, opening, count=None, shell=False):
 
     The mesh is drawn as its sample points through a z-buffer with cells as large as their spacing, which costs a few
     microseconds a point for any number of hypotheses.
-    poses (K,4,4) gripper_in_ref, opening (K,). Returns a namespace: visible (K,V,N) bool; gap (K,V,N) m, measured z minus the
-    model's (nan where nothing is measured); still (K,V,N); shell (K,) points measured in the air around the hand.
+    poses (K,4,4) gripper_in_ref, opening (K,). Returns a namespace: visible (K,V,N) bool; gap (K,V,N) m, measured z
+    minus the model's (nan where nothing is measured); still (K,V,N); shell (K,) points measured in the air around the
+    hand.
     """
     K, V, (H, W) = len(poses), len(scene.depth), scene.depth.shape[1:]
     N = len(model.points) if count is None else min(count, len(model.points))
@@ -332,7 +371,8 @@ def compare(model, scene, poses, opening, count=None, shell=False):
         off = np.where(measured > 0, measured - z[k, n], np.nan)
         unchanged = scene.still[v, y[k, n], x[k, n]]
         coarse = np.median(z) / scene.intrinsics[v, 0, 0] > COARSE
-        if scene.noise > NOISY or coarse:                 # at blurred or coarse edges and outliers a neighbouring pixel may speak
+        # at blurred or coarse edges and outliers a neighbouring pixel may speak
+        if scene.noise > NOISY or coarse:
             r = 1 if coarse else 2
             for dy, dx in ((0, r), (0, -r), (r, 0), (-r, 0)):
                 row, column = (y[k, n] + dy).clip(0, H - 1), (x[k, n] + dx).clip(0, W - 1)
@@ -345,14 +385,16 @@ def compare(model, scene, poses, opening, count=None, shell=False):
             air = model.shell[:N]
             y, x, z, inside = look_up(scene, v, points[:, air] + SHELL * normals[:, air])
             in_shell += (inside & ~scene.still[v, y, x] & (np.abs(scene.depth[v, y, x] - z) < 0.5 * SHELL)).sum(1)
-    return SimpleNamespace(visible=visible, gap=gap, still=still, shell=in_shell, points=points, tolerance=max(AGREE, 3 * scene.noise))
+    return SimpleNamespace(
+        visible=visible, gap=gap, still=still, shell=in_shell, points=points, tolerance=max(AGREE, 3 * scene.noise)
+    )
 
 
 def evidence(seen):
     """Of what `compare` saw: score (K,), agree (K,) and contradict (K,), in model points.
 
-    A point that should be seen and is not, or that lies on scenery, weighs three times one that agrees: an arm or the held
-    object often hides the hand, and nearly never does one look through it.
+    A point that should be seen and is not, or that lies on scenery, weighs three times one that agrees: an arm or the
+    held object often hides the hand, and nearly never does one look through it.
     """
     gap = np.where(seen.visible, seen.gap, np.nan)
     close = np.abs(gap) < seen.tolerance
@@ -414,15 +456,28 @@ def search(model, scene, centre, rotations, opening, radius, keep):
 
 
 def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view_weight=None):
-    """ICP of K hypotheses, rendered anew before each of the `distances`: those model points that are visible and not hidden."""
+    """ICP of K hypotheses, rendered anew before each of the `distances`: those model points that are visible and not
+    hidden."""
     for distance in distances:
         seen = compare(model, scene, poses, opening, count)
         weight = (seen.visible & ~(seen.gap < -OCCLUDED)).any(1)
-        shown = np.argsort(~weight, axis=1, kind="stable")[:, :max(1, weight.sum(1).max())]   # (K,n), the others cost time
+        # (K,n), the others cost time
+        shown = np.argsort(~weight, axis=1, kind="stable")[:, :max(1, weight.sum(1).max())]
         source = np.take_along_axis(at_opening(model, opening), shown[..., None], 1)
-        poses, _, _ = icp(source, cloud.points, cloud.normals, poses, distance, 4, source_normals=model.normals[shown],
-                          weight=np.take_along_axis(weight, shown, 1), slip=slip, min_cosine=0.5 if scene.noise < NOISY else None, tree=cloud.tree,
-                          target_weight=None if view_weight is None else view_weight[cloud.view])
+        poses, _, _ = icp(
+            source,
+            cloud.points,
+            cloud.normals,
+            poses,
+            distance,
+            4,
+            source_normals=model.normals[shown],
+            weight=np.take_along_axis(weight, shown, 1),
+            slip=slip,
+            min_cosine=0.5 if scene.noise < NOISY else None,
+            tree=cloud.tree,
+            target_weight=None if view_weight is None else view_weight[cloud.view],
+        )
     return poses
 
 
@@ -435,7 +490,9 @@ def fit_opening(model, scene, cloud, pose, before):
     if not len(finger):
         return before, 0.0
     body = SimpleNamespace(**vars(model))
-    body.points, body.normals, body.slide, body.shell = (x[finger] for x in (model.points, model.normals, model.slide, model.shell))
+    body.points, body.normals, body.slide, body.shell = (
+        x[finger] for x in (model.points, model.normals, model.slide, model.shell)
+    )
     tried = np.append(np.linspace(0, STROKE, 17), before)
     seen = compare(body, scene, np.repeat(pose[None], len(tried), 0), tried)
     seen.still[:] = False                                 # a finger may well touch scenery
@@ -444,7 +501,8 @@ def fit_opening(model, scene, cloud, pose, before):
     if agree[best] < 8:
         return before, 0.0
     opening = tried[best]
-    along = np.einsum("ni,i->n", model.normals[finger] @ pose[:3, :3].T, pose[:3, 1]) * body.slide   # n . d(point)/d(opening)
+    # n . d(point)/d(opening)
+    along = np.einsum("ni,i->n", model.normals[finger] @ pose[:3, :3].T, pose[:3, 1]) * body.slide
     shown = (seen.visible[best] & (np.abs(seen.gap[best]) < 0.02)).any(0)
     for _ in range(6):
         points = transform(at_opening(body, [opening])[0][shown], pose)
@@ -453,20 +511,27 @@ def fit_opening(model, scene, cloud, pose, before):
         w = robust(distance[ok], 0.012, "tukey") * (np.abs(along[shown][ok]) > 0.2)
         if w.sum() < 2:
             break
-        residual = ((cloud.points[index[ok]] - points[ok]) * (model.normals[finger][shown][ok] @ pose[:3, :3].T)).sum(-1)
+        residual = ((cloud.points[index[ok]] - points[ok]) * (model.normals[finger][shown][ok] @ pose[:3, :3].T)).sum(
+            -1
+        )
         a = along[shown][ok]
-        opening = np.clip(opening + (w * a * residual).sum() / (w * a * a).sum(), max(0, tried[best] - 0.008), min(STROKE, tried[best] + 0.008))
+        opening = np.clip(
+            opening + (w * a * residual).sum() / (w * a * a).sum(),
+            max(0, tried[best] - 0.008),
+            min(STROKE, tried[best] + 0.008),
+        )
     return float(opening), float(agree[best])
 
 
 def settle(model, scene, cloud, poses, opening, keep=3, enough=np.inf):
-    """Hypotheses -> the best `keep` of them, refined, each with its own opening: poses (k,4,4), opening (k,), score (k,).
-    A score of `enough` ends the search early."""
+    """Hypotheses -> the best `keep` of them, refined, each with its own opening: poses (k,4,4), opening (k,), score
+    (k,). A score of `enough` ends the search early."""
     poses = refine(model, scene, cloud, poses, np.full(len(poses), opening), (0.05, 0.03), 200, slip=0.3)
     score, _, _ = evidence(compare(model, scene, poses, np.full(len(poses), opening), 400, shell=True))
     poses = poses[np.argsort(-score)[:keep]]
     if score.max() < 0.5 * enough:                        # `enough` is of all points, this score of about half of them
-        # A wrong edge of the hand on the arm is a deep local minimum of ICP: turn the best about points of the hand, go on.
+        # A wrong edge of the hand on the arm is a deep local minimum of ICP: turn the best about points of
+        # the hand, go on.
         poses = np.concatenate([poses] + [poses @ nudge for nudge in NUDGES])
         poses = refine(model, scene, cloud, poses, np.full(len(poses), opening), (0.03, 0.02), 200)
         score, _, _ = evidence(compare(model, scene, poses, np.full(len(poses), opening), 400, shell=True))
@@ -486,7 +551,8 @@ NUDGES = [nudge(0, s * 14, np.array([0, y, 0.05])) for s in (-1, 1) for y in (-0
 
 
 def polish(model, scene, cloud, pose, opening):
-    """The final fit of one pose: pose, opening, finger points behind it, fitness, inlier_rmse, weights of the views (V,).
+    """The final fit of one pose: pose, opening, finger points behind it, fitness, inlier_rmse, weights of the views
+    (V,).
 
     A view whose points lie off the common fit counts less: weight 1 / (sigma^2 + rmse^2), sigma = 3 mm.
     """
@@ -503,10 +569,18 @@ def polish(model, scene, cloud, pose, opening):
     points = transform(at_opening(model, [opening])[0][visible], pose)
     distance = cloud.tree.query(points, distance_upper_bound=0.01)[0] if len(points) else np.array([np.inf])
     inlier = np.isfinite(distance)
-    return pose, opening, fingers, inlier.mean(), np.sqrt((distance[inlier]**2).mean()) if inlier.any() else np.nan, view_weight
+    return (
+        pose,
+        opening,
+        fingers,
+        inlier.mean(),
+        np.sqrt((distance[inlier] ** 2).mean()) if inlier.any() else np.nan,
+        view_weight,
+    )
 
 
-# ------------------------------------------------------------------------------------------------ the first frame, and the rest
+# ------------------------------------------------------------------------------------------------ the first frame,
+# and the rest
 
 def all_rotations(count):
     """`count` rotations spread evenly over SO(3): the super-Fibonacci spiral (Alexa 2022)."""
@@ -519,8 +593,9 @@ def all_rotations(count):
 def register(model, scene, mask, rotations=150):
     """The first pose from masks (V,H,W) of the gripper alone.
 
-    Returns poses (2,4,4) gripper_in_ref, the better one first: the hand looks nearly the same after half a turn about its approach
-    axis, so that both are solutions; opening, m; their scores (2,), in model points. None if fewer than 20 points are masked.
+    Returns poses (2,4,4) gripper_in_ref, the better one first: the hand looks nearly the same after half a turn about
+    its approach axis, so that both are solutions; opening, m; their scores (2,), in model points. None if fewer than
+    20 points are masked.
     """
     scene = SimpleNamespace(**{**vars(scene), "still": ~mask})  # outside the mask there is no hand: as good as scenery
     masked = scene.points[mask & (scene.depth > 0)]
@@ -534,7 +609,9 @@ def register(model, scene, mask, rotations=150):
     found = []
     for part in np.array_split(rotations, 10):
         for opening in (0.07, 0.015):
-            poses = np.concatenate([search(model, scene, centre - turn @ middle, turn[None], opening, 0.07, 4) for turn in part])
+            poses = np.concatenate(
+                [search(model, scene, centre - turn @ middle, turn[None], opening, 0.07, 4) for turn in part]
+            )
             poses = refine(model, scene, cloud, poses, np.full(len(poses), opening), (0.05, 0.03), 150, slip=0.3)
             score = mask_score(model, scene, cloud, poses, np.full(len(poses), opening))
             found += [(score[i], opening, poses[i]) for i in np.argsort(-score)[:6]]
@@ -563,27 +640,43 @@ def mask_score(model, scene, cloud, poses, opening):
 
 
 def believed(model, scene, pose, opening, anew=False):
-    """Whether render-and-compare bears a pose out: (bool, score, agree). `anew`, after a loss, asks for twice as much."""
+    """Whether render-and-compare bears a pose out: (bool, score, agree). `anew`, after a loss, asks for twice as
+    much."""
     seen = compare(model, scene, pose[None], [opening], shell=True)
     score, agree, contradict = (x[0] for x in evidence(seen))
     in_view = (seen.visible & ~(seen.gap < -seen.tolerance)).sum()
     if scene.noise > NOISY:                               # outliers and blurred edges contradict any pose
         sure = agree >= 1.5 * MIN_AGREE and agree >= (3 if anew else 2) * contradict
     else:
-        sure = agree >= MIN_AGREE * (1 + anew) and agree >= MIN_RATIO * contradict * (1 + anew) and score > MIN_SCORE * (1 + anew) * in_view
+        sure = (
+            agree >= MIN_AGREE * (1 + anew)
+            and agree >= MIN_RATIO * contradict * (1 + anew)
+            and score > MIN_SCORE * (1 + anew) * in_view
+        )
     return sure, score, agree
 
 
 def track_one(model, scene, state, dt):
-    """The next pose of one hand. state: pose, motion (of the last step, in the gripper's frame), opening, score, missed frames.
+    """The next pose of one hand. state: pose, motion (of the last step, in the gripper's frame), opening, score,
+    missed frames.
 
-    First the quick way, from where the hand was and where its velocity takes it; if it does not rest there and fit as well as in
-    the last frame, everything in reach. Returns a new state; where nothing is borne out, `lost` is true and the pose is held.
+    First the quick way, from where the hand was and where its velocity takes it; if it does not rest there and fit as
+    well as in the last frame, everything in reach. Returns a new state; where nothing is borne out, `lost` is true
+    and the pose is held.
     """
     ahead = state.pose @ state.motion
     radius = min(MAX_SPEED * dt * (1 + state.missed), 0.45)
-    lost = SimpleNamespace(**{**vars(state), "lost": True, "missed": state.missed + 1, "motion": np.eye(4), "fitness": 0.0,
-                              "inlier_rmse": np.nan, "fingers": 0.0})
+    lost = SimpleNamespace(
+        **{
+            **vars(state),
+            "lost": True,
+            "missed": state.missed + 1,
+            "motion": np.eye(4),
+            "fitness": 0.0,
+            "inlier_rmse": np.nan,
+            "fingers": 0.0,
+        }
+    )
     cloud = nearby(scene, state.pose[:3, 3], radius + model.reach, 6000)
     if cloud is None:
         return lost
@@ -608,13 +701,24 @@ def track_one(model, scene, state, dt):
     sure, score, agree = believed(model, scene, pose, opening, state.missed > 0)
     if not sure or (state.missed and agree < 0.6 * state.agree):
         return lost
-    return SimpleNamespace(pose=pose, motion=np.eye(4) if state.missed else invert(state.pose) @ pose, opening=opening, score=score,
-                           agree=agree, missed=0, lost=False, fitness=fitness, inlier_rmse=rmse, fingers=fingers,
-                           view_weight=view_weight)
+    return SimpleNamespace(
+        pose=pose,
+        motion=np.eye(4) if state.missed else invert(state.pose) @ pose,
+        opening=opening,
+        score=score,
+        agree=agree,
+        missed=0,
+        lost=False,
+        fitness=fitness,
+        inlier_rmse=rmse,
+        fingers=fingers,
+        view_weight=view_weight,
+    )
 
 
 def travel(poses, guess):
-    """(K,) model points that it costs a pose to be away from `guess`: 10 at 15 cm or 40 degrees, four times that at twice."""
+    """(K,) model points that it costs a pose to be away from `guess`: 10 at 15 cm or 40 degrees, four times that at
+    twice."""
     shift = np.linalg.norm(poses[:, :3, 3] - guess[:3, 3], axis=1)
     cosine = (np.einsum("kij,ij->k", poses[:, :3, :3], guess[:3, :3]) - 1) / 2
     return 10 * (shift / 0.15)**2 + 10 * (np.degrees(np.arccos(cosine.clip(-1, 1))) / 40)**2
@@ -623,27 +727,39 @@ def travel(poses, guess):
 def claim(model, scene, state):
     """Candidate pixels of a scene that lie on a tracked hand are given to no other."""
     points = at_opening(model, [state.opening]) @ state.pose[:3, :3].T + state.pose[:3, 3]
-    v, y, x = np.nonzero((scene.depth > 0) & ~scene.still & (np.abs(scene.points - state.pose[:3, 3]).max(-1) < model.reach + 0.02))
+    v, y, x = np.nonzero(
+        (scene.depth > 0) & ~scene.still & (np.abs(scene.points - state.pose[:3, 3]).max(-1) < model.reach + 0.02)
+    )
     if len(v):
         near = np.isfinite(cKDTree(points[0]).query(scene.points[v, y, x], distance_upper_bound=0.012)[0])
         scene.still[v[near], y[near], x[near]] = True
 
 
 def first_state(pose, opening):
-    return SimpleNamespace(pose=pose, motion=np.eye(4), opening=float(opening), score=np.inf, agree=0.0, missed=0, lost=False,
-                           fitness=1.0, inlier_rmse=0.0, fingers=1.0)
+    return SimpleNamespace(
+        pose=pose,
+        motion=np.eye(4),
+        opening=float(opening),
+        score=np.inf,
+        agree=0.0,
+        missed=0,
+        lost=False,
+        fitness=1.0,
+        inlier_rmse=0.0,
+        fingers=1.0,
+    )
 
 
 def track(prediction, init="auto", model=None, progress=False):
     """Track every gripper of a 4D video.
 
-    prediction: a dict with the arrays of prediction.npz (DESIGN: points (V,T,H,W,3) in ref, valid, intrinsics, view_in_ref,
-    observed_depth, fps, and observed_gripper_in_ref + observed_opening, or observed_gripper masks). init 'pose' | 'mask' |
-    'auto': the pose if it is known. model: of hand_model or make_model.
-    Returns the arrays of trajectory.npz: gripper_in_ref (F,A,4,4), gripper_motion (T,A,4,4) from the first frame in the gripper's
-    own frame, opening (F,A) m, closed (F,A), fitness (F,A), inlier_rmse (F,A) m, lost (F,A); from masks also
-    symmetric_gripper_in_ref (F,A,4,4), the other solution, and symmetry_score (A,2). A frame that is lost holds the last pose.
-    Raises ValueError naming the key that is missing or has the wrong shape.
+    prediction: a dict with the arrays of prediction.npz (DESIGN: points (V,T,H,W,3) in ref, valid, intrinsics,
+    view_in_ref, observed_depth, fps, and observed_gripper_in_ref + observed_opening, or observed_gripper masks). init
+    'pose' | 'mask' | 'auto': the pose if it is known. model: of hand_model or make_model.
+    Returns the arrays of trajectory.npz: gripper_in_ref (F,A,4,4), gripper_motion (T,A,4,4) from the first frame in
+    the gripper's own frame, opening (F,A) m, closed (F,A), fitness (F,A), inlier_rmse (F,A) m, lost (F,A); from masks
+    also symmetric_gripper_in_ref (F,A,4,4), the other solution, and symmetry_score (A,2). A frame that is lost holds
+    the last pose. Raises ValueError naming the key that is missing or has the wrong shape.
     """
     p = check(prediction)
     model = model or hand_model()
@@ -701,9 +817,17 @@ def track(prediction, init="auto", model=None, progress=False):
     opening = smooth(collect("opening"), collect("fingers"))
     if "symmetry_score" in extra:
         extra["symmetric_gripper_in_ref"] = gripper_in_ref @ HALF_TURN
-    return dict(gripper_in_ref=gripper_in_ref, gripper_motion=invert(gripper_in_ref[:1]) @ gripper_in_ref[1:], opening=opening,
-                closed=closed_flags(opening), fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"), lost=lost,
-                fingers=collect("fingers"), **extra)
+    return dict(
+        gripper_in_ref=gripper_in_ref,
+        gripper_motion=invert(gripper_in_ref[:1]) @ gripper_in_ref[1:],
+        opening=opening,
+        closed=closed_flags(opening),
+        fitness=collect("fitness"),
+        inlier_rmse=collect("inlier_rmse"),
+        lost=lost,
+        fingers=collect("fingers"),
+        **extra,
+    )
 
 
 def silhouette(model, scene, pose, opening):
@@ -716,7 +840,8 @@ def silhouette(model, scene, pose, opening):
 
 
 def smooth(opening, fingers):
-    """Openings (F,A) averaged over neighbouring frames that are like them: noise goes, a closing or opening stays sharp."""
+    """Openings (F,A) averaged over neighbouring frames that are like them: noise goes, a closing or opening stays
+    sharp."""
     F = len(opening)
     near = np.exp(-0.5 * (np.subtract.outer(np.arange(F), np.arange(F)) / 1.0)**2)         # (F,F)
     alike = np.exp(-0.5 * ((opening[:, None] - opening[None]) / (0.7 * EVENT))**2)          # (F,F,A)
@@ -725,8 +850,9 @@ def smooth(opening, fingers):
 
 
 def closed_flags(opening):
-    """(F,A) bool with hysteresis: closed when the fingers came EVENT nearer than the widest since they opened, open again when they
-    parted by EVENT from the narrowest since they closed. No width is fixed, so that a grasped apple counts as a grasped sheet."""
+    """(F,A) bool with hysteresis: closed when the fingers came EVENT nearer than the widest since they opened, open
+    again when they parted by EVENT from the narrowest since they closed. No width is fixed, so that a grasped apple
+    counts as a grasped sheet."""
     closed = np.zeros(opening.shape, bool)
     for a in range(opening.shape[1]):
         state, extreme = opening[0, a] < STROKE / 2, opening[0, a]
@@ -744,9 +870,13 @@ def check(p):
     """The arrays of a prediction, shapes checked."""
     shape = np.shape(p.get("points", ()))
     if len(shape) != 5 or shape[-1] != 3:
-        raise ValueError(f"the prediction's 'points' has shape {shape}, expected (V,T,H,W,3): an RGB-only model cannot be tracked")
+        raise ValueError(
+            f"the prediction's 'points' has shape {shape}, expected (V,T,H,W,3): an RGB-only model cannot be tracked"
+        )
     V, T, H, W, _ = shape
-    for key, want in dict(valid=(V, T, H, W), intrinsics=(V, 3, 3), view_in_ref=(V, 4, 4), observed_depth=(V, H, W)).items():
+    for key, want in dict(
+        valid=(V, T, H, W), intrinsics=(V, 3, 3), view_in_ref=(V, 4, 4), observed_depth=(V, H, W)
+    ).items():
         if np.shape(p.get(key, ())) != want:
             raise ValueError(f"the prediction's '{key}' has shape {np.shape(p.get(key, ()))}, expected {want}")
     return {"fps": 2.0, **p}
@@ -784,28 +914,54 @@ def episode_prediction(folder, cameras, stride=None, start=0, frames=None):
     rgb, label = (np.stack([x[c, times] for c in cameras]) for x in (episode.rgb, episode.label))
     grippers = world_in_ref @ episode.gripper_in_world[times]
     arms = grippers.shape[1]
-    return dict(rgb=rgb[:, 1:], points=points[:, 1:], valid=valid[:, 1:], intrinsics=episode.intrinsics[cameras],
-                view_in_ref=views_in_ref[:, 0], observed_rgb=rgb[:, 0], observed_depth=depth[:, 0],
-                observed_gripper=np.stack([label[:, 0] == g for g in (RIGHT_GRIPPER, LEFT_GRIPPER)[:arms]], 1),
-                observed_object=label[:, 0] == OBJECT, observed_gripper_in_ref=grippers[0],
-                observed_opening=episode.gripper_opening[times[0]], fps=episode.rate_hz / stride, ref_in_world=invert(world_in_ref),
-                true_gripper_in_ref=grippers, true_opening=episode.gripper_opening[times])
+    return dict(
+        rgb=rgb[:, 1:],
+        points=points[:, 1:],
+        valid=valid[:, 1:],
+        intrinsics=episode.intrinsics[cameras],
+        view_in_ref=views_in_ref[:, 0],
+        observed_rgb=rgb[:, 0],
+        observed_depth=depth[:, 0],
+        observed_gripper=np.stack([label[:, 0] == g for g in (RIGHT_GRIPPER, LEFT_GRIPPER)[:arms]], 1),
+        observed_object=label[:, 0] == OBJECT,
+        observed_gripper_in_ref=grippers[0],
+        observed_opening=episode.gripper_opening[times[0]],
+        fps=episode.rate_hz / stride,
+        ref_in_world=invert(world_in_ref),
+        true_gripper_in_ref=grippers,
+        true_opening=episode.gripper_opening[times],
+    )
 
 
 def object_prediction(p, mesh, pose_file=None):
-    """The prediction with `--object`'s mask or pose in the gripper's place, and the mesh as a model with one rigid body."""
+    """The prediction with `--object`'s mask or pose in the gripper's place, and the mesh as a model with one rigid
+    body."""
     vertices, faces = load_mesh(mesh)
-    p = {key: value for key, value in p.items() if key not in ("observed_gripper", "observed_gripper_in_ref", "observed_opening",
-                                                               "true_gripper_in_ref", "true_opening")}
+    p = {
+        key: value
+        for key, value in p.items()
+        if key
+        not in (
+            "observed_gripper",
+            "observed_gripper_in_ref",
+            "observed_opening",
+            "true_gripper_in_ref",
+            "true_opening",
+        )
+    }
     if pose_file:
         pose = np.loadtxt(pose_file)
         if pose.shape != (4, 4):
-            raise ValueError(f"--object_pose {pose_file}: shape {pose.shape}, expected four lines of four numbers (object_in_ref)")
+            raise ValueError(
+                f"--object_pose {pose_file}: shape {pose.shape}, expected four lines of four numbers (object_in_ref)"
+            )
         p |= dict(observed_gripper_in_ref=pose[None], observed_opening=np.zeros(1))
     elif "observed_object" in p:
         p["observed_gripper"] = p["observed_object"][:, None]
     else:
-        raise ValueError("--object needs its first pose (--object_pose FILE) or a prediction with masks 'observed_object' (V,H,W)")
+        raise ValueError(
+            "--object needs its first pose (--object_pose FILE) or a prediction with masks 'observed_object' (V,H,W)"
+        )
     return p, make_model([(vertices, faces, 0.0)], [800])
 
 
@@ -823,7 +979,8 @@ COLORS = np.array([[255, 120, 0], [0, 150, 255]])
 
 
 def overlay(path, p, trajectory, model):
-    """A gif: every frame of every view with the tracked hand's outline, orange right, blue left, grey where it is lost."""
+    """A gif: every frame of every view with the tracked hand's outline, orange right, blue left, grey where it is
+    lost."""
     frames = []
     rgb = np.concatenate([p["observed_rgb"][:, None], p["rgb"]], 1)
     H, W = rgb.shape[2:4]
@@ -831,7 +988,9 @@ def overlay(path, p, trajectory, model):
     large = p["intrinsics"].copy()
     large[:, :2] *= scale
     large[:, :2, 2] += (scale - 1) / 2                    # pixel centres are at integers
-    big = SimpleNamespace(depth=np.zeros((len(rgb), H * scale, W * scale)), intrinsics=large, ref_in_view=invert(p["view_in_ref"]))
+    big = SimpleNamespace(
+        depth=np.zeros((len(rgb), H * scale, W * scale)), intrinsics=large, ref_in_view=invert(p["view_in_ref"])
+    )
     for t in range(rgb.shape[1]):
         picture = rgb[:, t].repeat(scale, 1).repeat(scale, 2)
         for a in range(trajectory["lost"].shape[1]):
@@ -865,7 +1024,9 @@ def plot(path, p, trajectory):
         for t in time[trajectory["lost"][:, a]]:
             for axis in axes[:, a]:
                 axis.axvspan(t - 0.4 / p["fps"], t + 0.4 / p["fps"], color="0.8", lw=0)
-        axes[0, a].set(title=f"hand {a} ({('right', 'left')[a % 2]}); grey: lost; dashed: truth", ylabel="gripper_in_ref, m")
+        axes[0, a].set(
+            title=f"hand {a} ({('right', 'left')[a % 2]}); grey: lost; dashed: truth", ylabel="gripper_in_ref, m"
+        )
         axes[1, a].set(xlabel="time, s", ylabel="opening, mm", ylim=(-3, 85))
         axes[0, a].legend()
         axes[1, a].legend()
@@ -887,19 +1048,31 @@ def report(p, trajectory):
             shift = np.linalg.norm(got[:, :3, 3] - true[:, :3, 3], axis=1)
             cosine = ((true[:, :3, :3] * got[:, :3, :3]).sum((1, 2)) - 1) / 2
             width = np.abs(trajectory["opening"][:, a] - p["true_opening"][:, a])[~lost]
-            line += (f"; median error {1000 * np.median(shift):.1f} mm, {np.degrees(np.arccos(np.median(cosine).clip(-1, 1))):.1f} degrees, "
-                     f"opening {1000 * np.median(width):.1f} mm")
+            line += (
+                f"; median error {1000 * np.median(shift):.1f} mm, "
+                f"{np.degrees(np.arccos(np.median(cosine).clip(-1, 1))):.1f} degrees, "
+                f"opening {1000 * np.median(width):.1f} mm"
+            )
         print(line)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prediction", help="prediction.npz of sample.py")
     source.add_argument("--episode", help="a packed episode of data.py: its true pointmaps are tracked")
-    parser.add_argument("--cameras", type=int, nargs="+", default=[12, 13], help="of --episode, counted from 0, the reference first")
+    parser.add_argument(
+        "--cameras", type=int, nargs="+", default=[12, 13], help="of --episode, counted from 0, the reference first"
+    )
     parser.add_argument("--stride", type=int, help="of --episode, recorded frames a step [what makes 2 Hz]")
-    parser.add_argument("--init", choices=("auto", "pose", "mask"), default="auto", help="first frame from the robot's own pose or from masks")
+    parser.add_argument(
+        "--init",
+        choices=("auto", "pose", "mask"),
+        default="auto",
+        help="first frame from the robot's own pose or from masks",
+    )
     parser.add_argument("--hand", help="mesh of the hand without fingers, metres, hand frame [built-in]")
     parser.add_argument("--finger", help="mesh of the left finger at opening 0, metres, hand frame [built-in]")
     parser.add_argument("--object", help="mesh of another rigid thing to be tracked instead, metres")

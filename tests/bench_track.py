@@ -1,16 +1,16 @@
 """What the tracker reaches, as a table.
 
     python tests/bench_track.py                          # on synthetic episodes, rendered on the way, built-in hand
-    python tests/bench_track.py --recorded FOLDER        # on recorded episodes in the public layout (packed once, beside --work)
-    python tests/bench_track.py --only 1 4 --episodes 3  # some rows, some episodes
+    python tests/bench_track.py --recorded FOLDER        # on recorded episodes in the public layout (packed once,
+    beside --work) python tests/bench_track.py --only 1 4 --episodes 3  # some rows, some episodes
     python tests/bench_track.py --open3d                 # our icp beside Open3D's, where that package is installed
 
 Rows  1  true pointmaps, first pose given: two views, then one       2  the first pose from the masks alone
       3  pointmaps as a generator makes them: noise, blur over edges, outliers, the second view shifted
       4  the hand removed for some frames                            5  speed
       6  the tracked path replayed in the synthetic world
-Two random test cameras an episode, 2 Hz, 256 x 320. An arm counts if it moves; "seen" are the frames in which either view shows
-at least 100 of the gripper's pixels. Recorded episodes are tracked with the meshes in tests/data.
+Two random test cameras an episode, 2 Hz, 256 x 320. An arm counts if it moves; "seen" are the frames in which either
+view shows at least 100 of the gripper's pixels. Recorded episodes are tracked with the meshes in tests/data.
 """
 import argparse
 import os
@@ -55,7 +55,17 @@ def removed(p, start, stop):
 
 
 def one_view(p):
-    keys = ("rgb", "points", "valid", "intrinsics", "view_in_ref", "observed_rgb", "observed_depth", "observed_gripper", "pixels")
+    keys = (
+        "rgb",
+        "points",
+        "valid",
+        "intrinsics",
+        "view_in_ref",
+        "observed_rgb",
+        "observed_depth",
+        "observed_gripper",
+        "pixels",
+    )
     return {**p, **{key: p[key][:1] for key in keys}}
 
 
@@ -64,9 +74,15 @@ def errors(p, result):
     truth, got = p["true_gripper_in_ref"][1:], result["gripper_in_ref"][1:]
     moving = np.ptp(p["true_gripper_in_ref"][..., :3, 3], axis=0).max(-1) > 0.02
     cosine = (np.einsum("taij,taij->ta", truth[..., :3, :3], got[..., :3, :3]) - 1) / 2
-    values = dict(m=np.linalg.norm(truth[..., :3, 3] - got[..., :3, 3], axis=-1), deg=np.degrees(np.arccos(cosine.clip(-1, 1))),
-                  opening=np.abs(result["opening"] - p["true_opening"])[1:], lost=result["lost"][1:], fingers=result["fingers"][1:] > 0,
-                  closed=(result["closed"] == track.closed_flags(p["true_opening"]))[1:], seen=(p["pixels"] >= 100).any(0)[1:])
+    values = dict(
+        m=np.linalg.norm(truth[..., :3, 3] - got[..., :3, 3], axis=-1),
+        deg=np.degrees(np.arccos(cosine.clip(-1, 1))),
+        opening=np.abs(result["opening"] - p["true_opening"])[1:],
+        lost=result["lost"][1:],
+        fingers=result["fingers"][1:] > 0,
+        closed=(result["closed"] == track.closed_flags(p["true_opening"]))[1:],
+        seen=(p["pixels"] >= 100).any(0)[1:],
+    )
     return {key: value[:, moving].ravel() for key, value in values.items()}
 
 
@@ -74,9 +90,13 @@ def line(name, rows):
     e = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
     right = (e["m"] < 0.02) & (e["deg"] < 10)
     percent = lambda x: f"{100 * np.mean(x):.1f}" if len(x) else "-"
-    print(f"| {name} | {len(right)} | {1000 * np.median(e['m']):.1f} mm | {np.median(e['deg']):.1f} | {percent(right)} | "
-          f"{percent(right[e['seen']])} | {percent(e['lost'])} | {percent(~right & ~e['lost'])} | {1000 * np.median(e['opening']):.1f} mm | "
-          f"{percent(e['closed'])} | {percent(e['closed'][e['fingers']])} |", flush=True)
+    print(
+        f"| {name} | {len(right)} | {1000 * np.median(e['m']):.1f} mm | {np.median(e['deg']):.1f} | {percent(right)} | "
+        f"{percent(right[e['seen']])} | {percent(e['lost'])} | "
+        f"{percent(~right & ~e['lost'])} | {1000 * np.median(e['opening']):.1f} mm | "
+        f"{percent(e['closed'])} | {percent(e['closed'][e['fingers']])} |",
+        flush=True,
+    )
 
 
 def clips(args):
@@ -99,12 +119,16 @@ def clips(args):
 
 
 def first_pose(p, model):
-    """Row 2 of one episode: metres and degrees modulo the half turn, of every arm that moves and that the first frame shows."""
+    """Row 2 of one episode: metres and degrees modulo the half turn, of every arm that moves and that the first frame
+    shows."""
     own, valid = data.point_maps(p["observed_depth"], p["intrinsics"])
     scene = track.make_scene(data.transform(own, p["view_in_ref"]), valid, p["intrinsics"], p["view_in_ref"])
     found = []
     for a, truth in enumerate(p["true_gripper_in_ref"][0]):
-        if np.ptp(p["true_gripper_in_ref"][:, a, :3, 3], axis=0).max() > 0.02 and p["observed_gripper"][:, a].sum() >= 100:
+        if (
+            np.ptp(p["true_gripper_in_ref"][:, a, :3, 3], axis=0).max() > 0.02
+            and p["observed_gripper"][:, a].sum() >= 100
+        ):
             poses, _, scores = track.register(model, scene, p["observed_gripper"][:, a])
             options = []
             for turned in (truth, truth @ track.HALF_TURN):
@@ -121,7 +145,9 @@ def replayed(p, result, world_of):
     world.reset(seed)
     grippers, openings = world.demonstration
     world.step(grippers[0], openings[0])
-    targets = world.gripper_in_world @ np.concatenate([np.broadcast_to(np.eye(4), result["gripper_motion"][:1].shape), result["gripper_motion"]])
+    targets = world.gripper_in_world @ np.concatenate(
+        [np.broadcast_to(np.eye(4), result["gripper_motion"][:1].shape), result["gripper_motion"]]
+    )
     for t in range(1, len(targets)):
         before = world.gripper_in_world, np.array(world.opening)
         for s in np.arange(1, stride + 1) / stride:
@@ -139,7 +165,8 @@ def timed(p, model):
 
 
 def beside_open3d(rounds=20):
-    """Point-to-plane on the same 2,000-point pairs, 5 mm and 3 degrees apart: the error of the source's points, and ms."""
+    """Point-to-plane on the same 2,000-point pairs, 5 mm and 3 degrees apart: the error of the source's points, and
+    ms."""
     try:
         import open3d
     except ImportError:
@@ -152,7 +179,9 @@ def beside_open3d(rounds=20):
         (vertices, faces) = data.load_mesh(HERE / "data/panda_hand.obj")
         target, normals = track.sample_surface(vertices, faces, 2000, 1)
         source = target[draw.permutation(2000)] if noise == 0 else track.sample_surface(vertices, faces, 2000, 2)[0]
-        target, source = target + noise * draw.standard_normal(target.shape), source + noise * draw.standard_normal(source.shape)
+        target, source = target + noise * draw.standard_normal(target.shape), source + noise * draw.standard_normal(
+            source.shape
+        )
         axis, shift = draw.standard_normal(3), draw.standard_normal(3)
         truth = np.eye(4)
         truth[:3, :3] = Rotation.from_rotvec(np.radians(3) * axis / np.linalg.norm(axis)).as_matrix()
@@ -161,9 +190,12 @@ def beside_open3d(rounds=20):
         a, b = open3d.geometry.PointCloud(), open3d.geometry.PointCloud()
         a.points, b.points, b.normals = (open3d.utility.Vector3dVector(x) for x in (moved, target, normals))
         criteria = registration.ICPConvergenceCriteria(1e-9, 1e-9, 50)
-        calls = dict(ours=lambda: track.icp(moved, target, normals, None, 0.02, 50, kernel="none")[0],
-                     open3d=lambda: registration.registration_icp(a, b, 0.02, np.eye(4), registration.TransformationEstimationPointToPlane(),
-                                                                  criteria).transformation)
+        calls = dict(
+            ours=lambda: track.icp(moved, target, normals, None, 0.02, 50, kernel="none")[0],
+            open3d=lambda: registration.registration_icp(
+                a, b, 0.02, np.eye(4), registration.TransformationEstimationPointToPlane(), criteria
+            ).transformation,
+        )
         off, ms = {}, {key: [] for key in calls}
         for _ in range(rounds):
             for key, call in calls.items():
@@ -176,7 +208,9 @@ def beside_open3d(rounds=20):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--recorded", help="folder of recorded episodes in the public layout [synthetic ones]")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--episodes", type=int, default=5, help="of each task, at most")
@@ -186,7 +220,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the cameras and the noise")
     parser.add_argument("--open3d", action="store_true", help="time our icp beside Open3D's")
     args = parser.parse_args()
-    model = track.hand_model(HERE / "data/panda_hand.obj", HERE / "data/panda_finger.obj") if args.recorded else track.hand_model()
+    model = (
+        track.hand_model(HERE / "data/panda_hand.obj", HERE / "data/panda_finger.obj")
+        if args.recorded
+        else track.hand_model()
+    )
     draw = np.random.default_rng(args.seed)
     rows = {name: [] for name in ("1 two views", "1 one view", "3 degraded", "4 removed")}
     first, succeeded, speed, recovered = [], [], [], []
@@ -211,21 +249,32 @@ def main():
             arms = len(e["lost"]) // len(result["lost"][1:])
             lost, right = e["lost"].reshape(-1, arms), ((e["m"] < 0.02) & (e["deg"] < 10)).reshape(-1, arms)
             recovered.append((lost[start:stop].mean(), right[-2:].any(0).mean()))
-    print("\n| row | frames | median | median, degrees | within 2 cm and 10 degrees, % | the same, seen, % | lost, % | silently wrong, % | "
-          "opening, median | closed right, % | the same, fingers seen, % |\n|" + "---|" * 11)
+    print(
+        "\n| row | frames | median | median, degrees | within 2 cm and 10 degrees, % | the same, seen, % | "
+        "lost, % | silently wrong, % | "
+        "opening, median | closed right, % | the same, fingers seen, % |\n|" + "---|" * 11
+    )
     for name, got in rows.items():
         if got:
             line(name, got)
     if first:
         ok = np.mean([m < 0.01 and deg < 5 for m, deg, _ in first])
-        print(f"\n2 first pose from the mask: {100 * ok:.1f} % of {len(first)} within 1 cm and 5 degrees modulo the half turn; median "
-              f"{1000 * np.median([f[0] for f in first]):.1f} mm, {np.median([f[1] for f in first]):.1f} degrees")
+        print(
+            f"\n2 first pose from the mask: {100 * ok:.1f} % of {len(first)} within 1 cm and 5 degrees "
+            f"modulo the half turn; median "
+            f"{1000 * np.median([f[0] for f in first]):.1f} mm, {np.median([f[1] for f in first]):.1f} degrees"
+        )
     if recovered:
-        print(f"4 hand removed in three frames: {100 * np.mean([r[0] for r in recovered]):.1f} % of them reported lost; "
-              f"{100 * np.mean([r[1] for r in recovered]):.1f} % of the hands tracked again by the end")
+        print(
+            f"4 hand removed in three frames: {100 * np.mean([r[0] for r in recovered]):.1f} % of them reported lost; "
+            f"{100 * np.mean([r[1] for r in recovered]):.1f} % of the hands tracked again by the end"
+        )
     if speed and 5 in args.only:
-        print(f"5 speed: {1 / np.mean([s[0] for s in speed]):.1f} frames a second a hand by the clock, "
-              f"{1 / np.mean([s[1] for s in speed]):.1f} a second of processor time ({os.cpu_count()} cores, load {os.getloadavg()[0]:.1f})")
+        print(
+            f"5 speed: {1 / np.mean([s[0] for s in speed]):.1f} frames a second a hand by the clock, "
+            f"{1 / np.mean([s[1] for s in speed]):.1f} a second of processor time "
+            f"({os.cpu_count()} cores, load {os.getloadavg()[0]:.1f})"
+        )
     for task in args.tasks:
         done = [ok for t, ok in succeeded if t == task]
         if done:

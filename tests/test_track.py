@@ -17,7 +17,9 @@ FRAMES = 7
 
 def motion(degrees, shift, axis=(0.3, -0.5, 0.8)):
     axis = np.array(axis) / np.linalg.norm(axis)
-    return track.rigid(Rotation.from_rotvec(np.radians(degrees) * axis).as_matrix()[None], np.array(shift, float)[None])[0]
+    return track.rigid(
+        Rotation.from_rotvec(np.radians(degrees) * axis).as_matrix()[None], np.array(shift, float)[None]
+    )[0]
 
 
 def angle(a, b):
@@ -45,8 +47,12 @@ def test_icp_recovers_the_motion_that_was_put_in(planes):
     target, normals = bumpy(1500, 0)
     truth = motion(4, (0.004, -0.003, 0.002))
     source = data.transform(target, data.invert(truth))
-    kwargs = dict(target=dict(target_normals=normals), none={}, source=dict(source_normals=normals @ truth[:3, :3]))[planes]
-    got, fitness, rmse = track.icp(source, target, max_correspondence_distance=0.03, max_iteration=200, tolerance=1e-10, **kwargs)
+    kwargs = dict(target=dict(target_normals=normals), none={}, source=dict(source_normals=normals @ truth[:3, :3]))[
+        planes
+    ]
+    got, fitness, rmse = track.icp(
+        source, target, max_correspondence_distance=0.03, max_iteration=200, tolerance=1e-10, **kwargs
+    )
     assert distance(got, truth) < 1e-5 and angle(got, truth) < 1e-2
     assert fitness == 1 and rmse < 1e-5
 
@@ -61,7 +67,8 @@ def test_icp_resampled_with_outliers_and_many_starts():
     got, fitness, rmse = track.icp(np.concatenate([source, junk]), target, normals, starts, 0.02, 60, trim=0.95)
     assert got.shape == (4, 4, 4) and fitness.shape == rmse.shape == (4,)
     assert distance(got, truth).max() < 1e-3 and angle(got, truth).max() < 0.5
-    assert 0.75 < fitness.min() and fitness.max() < 0.9          # 800 of 1000 points lie on the target, and a few by chance
+    # 800 of 1000 points lie on the target, and a few by chance
+    assert 0.75 < fitness.min() and fitness.max() < 0.9
     one, _, _ = track.icp(np.concatenate([source, junk]), target, normals, starts[0], 0.02, 60, trim=0.95)
     assert np.abs(one - got[0]).max() < 1e-4                     # a batch is its members
 
@@ -91,7 +98,8 @@ INTRINSICS = np.tile([[[100, 0, (SIZE[1] - 1) / 2], [0, 100, (SIZE[0] - 1) / 2],
 
 
 def path():
-    """Seven frames at 2 Hz: the hand points down, moves by up to 12 cm and 20 degrees a frame, closes and opens again."""
+    """Seven frames at 2 Hz: the hand points down, moves by up to 12 cm and 20 degrees a frame, closes and opens
+    again."""
     down = Rotation.from_euler("xyz", [180, 0, 20], degrees=True).as_matrix()
     x = [0.0, 0.04, 0.12, 0.12, 0.10, 0.0, -0.1]
     z = [0.30, 0.28, 0.24, 0.20, 0.26, 0.28, 0.30]
@@ -112,7 +120,9 @@ def film(poses, openings):
         hand = model.vertices.copy()
         hand[:, 1] += opening * model.vertex_slide
         world = np.concatenate([data.transform(hand, pose), data.transform(arm[0], pose), table[0]])
-        z, face = data.rasterize(np.stack([data.transform(world, data.invert(c)) for c in CAMERAS]), faces, INTRINSICS, *SIZE)
+        z, face = data.rasterize(
+            np.stack([data.transform(world, data.invert(c)) for c in CAMERAS]), faces, INTRINSICS, *SIZE
+        )
         depth.append(z)
         mask.append((face >= 0) & (face < len(model.faces)))
     return np.stack(depth, 1), np.stack(mask, 1)
@@ -141,14 +151,18 @@ def tracked(video):
 def test_path_and_opening(video, tracked):
     truth = video["true_gripper_in_ref"]
     assert not tracked["lost"].any()
-    assert np.median(distance(tracked["gripper_in_ref"], truth)) < 0.003 and distance(tracked["gripper_in_ref"], truth).max() < 0.01
+    assert (
+        np.median(distance(tracked["gripper_in_ref"], truth)) < 0.003
+        and distance(tracked["gripper_in_ref"], truth).max() < 0.01
+    )
     assert np.median(angle(tracked["gripper_in_ref"], truth)) < 2 and angle(tracked["gripper_in_ref"], truth).max() < 5
     assert np.abs(tracked["opening"] - video["true_opening"]).max() < 0.008
     assert tracked["closed"][:, 0].tolist() == [False, False, False, True, True, False, False]
 
 
 def test_motion_is_in_the_grippers_own_frame(video, tracked):
-    """Executed from the first pose it gives the path, in whatever frame that pose is written: no calibration is needed."""
+    """Executed from the first pose it gives the path, in whatever frame that pose is written: no calibration is
+    needed."""
     world = motion(50, (1, 2, 3))
     first = world @ tracked["gripper_in_ref"][0]
     assert np.abs(first @ tracked["gripper_motion"] - world @ tracked["gripper_in_ref"][1:]).max() < 1e-9
@@ -173,7 +187,9 @@ def test_a_missing_hand_is_lost_and_found_again(video):
 
 def test_first_pose_from_the_mask(video):
     own, valid = data.point_maps(video["observed_depth"], video["intrinsics"])
-    scene = track.make_scene(data.transform(own, video["view_in_ref"]), valid, video["intrinsics"], video["view_in_ref"])
+    scene = track.make_scene(
+        data.transform(own, video["view_in_ref"]), valid, video["intrinsics"], video["view_in_ref"]
+    )
     poses, opening, scores = track.register(track.hand_model(), scene, video["observed_gripper"][:, 0])
     truth = video["true_gripper_in_ref"][0, 0]
     assert scores[0] >= scores[1]
@@ -185,7 +201,9 @@ def test_first_pose_from_the_mask(video):
 
 def test_a_wrong_pose_is_not_believed(video):
     own, valid = data.point_maps(video["observed_depth"], video["intrinsics"])
-    scene = track.make_scene(data.transform(own, video["view_in_ref"]), valid, video["intrinsics"], video["view_in_ref"])
+    scene = track.make_scene(
+        data.transform(own, video["view_in_ref"]), valid, video["intrinsics"], video["view_in_ref"]
+    )
     truth, model = video["true_gripper_in_ref"][0, 0], track.hand_model()
     assert track.believed(model, scene, truth, 0.078)[0]
     for wrong in (truth @ motion(0, (0.05, 0, 0)), truth @ motion(60, (0, 0, 0)), truth @ motion(0, (0, 0, -0.1))):
@@ -220,14 +238,39 @@ def test_command_line(tmp_path, video):
     poses, openings = path()
     depth, mask = film(poses, openings)
     rgb = np.repeat((60 * depth.clip(0, 2)).astype(np.uint8)[..., None], 3, -1)
-    data.save_episode(tmp_path / "episode", rgb, (1000 * depth).round().astype(np.uint16), mask.astype(np.uint8), INTRINSICS, CAMERAS,
-                      poses[:, None], openings[:, None], np.arange(FRAMES) / 2, dict(task=1, source="test", rate_hz=2))
+    data.save_episode(
+        tmp_path / "episode",
+        rgb,
+        (1000 * depth).round().astype(np.uint16),
+        mask.astype(np.uint8),
+        INTRINSICS,
+        CAMERAS,
+        poses[:, None],
+        openings[:, None],
+        np.arange(FRAMES) / 2,
+        dict(task=1, source="test", rate_hz=2),
+    )
     np.savez(tmp_path / "extrinsics.npz", ref_in_world=CAMERAS[0])
-    done = run("--episode", tmp_path / "episode", "--cameras", 0, 1, "--extrinsics", tmp_path / "extrinsics.npz", "--out", tmp_path / "out")
+    done = run(
+        "--episode",
+        tmp_path / "episode",
+        "--cameras",
+        0,
+        1,
+        "--extrinsics",
+        tmp_path / "extrinsics.npz",
+        "--out",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr
     assert "7 of 7 frames tracked" in done.stdout
     with np.load(tmp_path / "out/trajectory.npz") as result:
-        assert result["gripper_in_ref"].shape == (FRAMES, 1, 4, 4) and result["gripper_motion"].shape == (FRAMES - 1, 1, 4, 4)
+        assert result["gripper_in_ref"].shape == (FRAMES, 1, 4, 4) and result["gripper_motion"].shape == (
+            FRAMES - 1,
+            1,
+            4,
+            4,
+        )
         for key in ("opening", "closed", "fitness", "inlier_rmse", "lost"):
             assert result[key].shape == (FRAMES, 1)
         assert distance(result["gripper_in_world"][:, 0], poses).max() < 0.01
@@ -236,7 +279,9 @@ def test_command_line(tmp_path, video):
 
 def test_one_line_errors(tmp_path, video):
     done = run("--prediction", tmp_path / "no.npz")
-    assert done.returncode != 0 and "no such file" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert (
+        done.returncode != 0 and "no such file" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    ), done.stderr
     with pytest.raises(ValueError, match="is missing"):
         track.episode_prediction(tmp_path, [0, 1])
     with pytest.raises(ValueError, match="observed_gripper_in_ref"):
