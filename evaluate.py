@@ -166,7 +166,8 @@ def frechet_distance(a, b):
         raise ValueError(f"frechet_distance needs two samples in each set, got {len(a)} and {len(b)}")
     x_a, x_b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
     trace_of_root = np.linalg.svd(x_a @ x_b.T, compute_uv=False).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + (x_a ** 2).sum() + (x_b ** 2).sum() - 2 * trace_of_root)
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + (x_a ** 2).sum() + (x_b ** 2).sum() - 2 * trace_of_root
+    return float(max(0.0, distance))                            # rounding can leave -1e-13
 
 
 def load_i3d(source="cached"):
