@@ -706,10 +706,11 @@ def plot_horizon(rows, path):
     figure, axes = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
     for ax, name in zip(axes.T.flat, panels):
         text, factor, _, _ = METRICS[name.removesuffix("-n").removesuffix("-m")]
-        for label, row in rows.items():
+        for i, (label, row) in enumerate(rows.items()):
             horizon = np.array(row.get(name, {}).get("horizon", []), float) * factor
             if np.isfinite(horizon).any():
-                ax.plot((1 + np.arange(len(horizon))) / sample.FPS, horizon, "o-", markersize=3, label=label)
+                ax.plot((1 + np.arange(len(horizon))) / sample.FPS, horizon, "o-", markersize=3, color=f"C{i}",
+                        label=label)
         ax.set(xlabel="seconds ahead", title=text + (f", view {name[-1]}" if name[-2] == "-" else ""))
         ax.set_ylim(bottom=0)
     handles, labels = max((ax.get_legend_handles_labels() for ax in axes.flat), key=lambda both: len(both[1]))
