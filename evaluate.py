@@ -96,8 +96,8 @@ def abs_rel(pred_z, true_z, valid=None):
 def delta1(pred_z, true_z, valid=None):
     """Share of valid pixels with max(pred / true, true / pred) < 1.25 (Eigen et al. 2014); 1 is ideal."""
     p, g = depth_pairs(pred_z, true_z, valid)
-    # p > 0: behind the camera both quotients are negative, which is less than 1.25 too
-    return float(np.mean((p > 0) & (p < 1.25 * g) & (g < 1.25 * p))) if len(g) else float("nan")
+    # As products: a p behind the camera makes both quotients negative, and so less than 1.25.
+    return float(np.mean((p < 1.25 * g) & (g < 1.25 * p))) if len(g) else float("nan")
 
 
 def depth_pairs(pred_z, true_z, valid):
