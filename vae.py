@@ -426,14 +426,14 @@ class Options:
 
 
 PRESET_OPTIONS = {
-    "tiny": dict(steps=200, pointmap_steps=900, batch=2, video_every=8, video_frames=4, lr=0.006, kl=1e-6),
+    "tiny": dict(steps=450, pointmap_steps=750, batch=2, video_every=8, video_frames=4, lr=0.02, kl=1e-6),
     "small": dict(steps=4000, pointmap_steps=6000, batch=8, video_every=4, video_frames=4, lr=0.02, kl=1e-6),
     "svd": dict(steps=4000, pointmap_steps=4000, batch=1, video_every=1, video_frames=5, lr=1e-5, kl=0.0),
 }
 VECTOR_LR = 0.1                     # Adam's learning rate of biases and norms, as a share of Muon's
 WARMUP = 20                         # steps
 HELD_OUT = 32                       # moments that the final scores are taken on
-STATISTICS = 60                     # moments for the first linear code, and for shift and scale at the end
+STATISTICS = 60                     # moments that shift and scale are measured on
 
 
 class Muon(torch.optim.Optimizer):
@@ -520,12 +520,11 @@ def kl_from_normal(mean, logvar):
     return 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
 
-def start(kind, preset, options, images):
-    """The VAE before its first step. `images`: some batches (N, 3, H, W) of those to train on."""
+def start(kind, preset, options):
+    """The VAE before its first step."""
     if preset.name == "svd":
         return VAE.from_pretrained(options.init)
-    one_level = len(preset.vae["block_out_channels"]) == 1
-    if kind == "pointmap" and not one_level:
+    if kind == "pointmap":
         return load_vae(Path(options.out) / "vae_rgb.safetensors")                               # as in the paper
     torch.manual_seed(options.seed)
     vae = VAE(preset.vae)
@@ -533,72 +532,7 @@ def start(kind, preset, options, images):
     with torch.no_grad():                   # nearly no noise on the latents: else little is learnt before it has shrunk
         vae.quant_conv.weight[C:].zero_()
         vae.quant_conv.bias[C:].fill_(-8.0)
-    if one_level:
-        start_linear(vae, torch.cat(images))
     return vae
-
-
-@torch.no_grad()
-def start_linear(vae, images):
-    """Starts a VAE of one level as the best linear code of its patches: what training adds is what is not linear.
-
-    The residual blocks start as the identity. What is left in the way is the last norm and SiLU of each half, so
-    features come in pairs (u, -u), since silu(u) - silu(-u) = u, and with two large constants a norm group, which hold
-    the norm's statistics nearly still. The last convolution of each half is then a least-squares fit.
-    """
-    for module in vae.modules():
-        branch_end = {ResBlock: "conv2", Attention: "to_out"}.get(type(module))
-        for p in getattr(module, branch_end).parameters() if branch_end else ():
-            p.zero_()
-    C, encoder, decoder = len(vae.shift), vae.encoder, vae.decoder
-    patches = F.pixel_unshuffle(images, vae.patch)                                               # (N, P, h, w)
-    rows = patches.transpose(0, 1).flatten(1).double()                                           # (P, N h w)
-    mean = rows.mean(1)
-    variance, components = torch.linalg.eigh(torch.cov(rows))                                    # ascending
-    components = (components / (variance + 1e-5).sqrt()).T.flip(0).float()                       # (P, P), unit variance
-    offset = -components @ mean.float()
-
-    pair_features(encoder.conv_in, components, offset, encoder.conv_norm_out.num_groups)
-    codes = F.conv2d(patches, components[:C, :, None, None], offset[:C])                         # (N, C, h, w)
-    features = F.silu(encoder.conv_norm_out(encoder.conv_in(patches)))
-    fit(encoder.conv_out, features, codes)
-    nn.init.dirac_(vae.quant_conv.weight[:C])
-    nn.init.zeros_(vae.quant_conv.bias[:C])
-    vae.quant_conv.weight[C:].zero_()
-
-    # Beside the codes themselves, random mixtures of them, which bend at random places: features for what is not linear
-    mixed = torch.randn(len(components), C) / C ** 0.5
-    lift, bends = torch.cat([torch.eye(C), mixed]), torch.cat([torch.zeros(C), torch.randn(len(mixed))])
-    pair_features(decoder.conv_in, lift, bends, decoder.conv_norm_out.num_groups)
-    features = F.silu(decoder.conv_norm_out(decoder.conv_in(vae.encode(images)[0])))
-    fit(decoder.conv_out, features, patches)
-    nn.init.dirac_(decoder.time_conv_out.weight)
-    nn.init.zeros_(decoder.time_conv_out.bias)
-
-
-def pair_features(conv, rows, bias, groups, constant=6.0):
-    """Makes conv compute u = rows x + bias of a cell as channels (u, -u); the last two of a norm group: +-constant."""
-    size = conv.out_channels // groups
-    conv.weight.zero_()
-    for group in range(groups):
-        first, pairs = group * size, (size - 2) // 2
-        for i in range(pairs):
-            j = group * pairs + i
-            for channel, sign in ((first + 2 * i, 1), (first + 2 * i + 1, -1)):
-                conv.weight[channel, :, 1, 1], conv.bias[channel] = sign * rows[j], sign * bias[j]
-        conv.bias[first + size - 2:first + size] = torch.tensor([constant, -constant])
-
-
-def fit(conv, features, targets, ridge=1e-3):
-    """First outputs of a 3 x 3 conv become a ridge regression of targets (N, O, h, w) on features (N, I, h, w)."""
-    x = F.unfold(features, 3, padding=1).transpose(1, 2).flatten(0, 1)                           # (N h w, 9 I)
-    x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
-    y = rearrange(targets, "n o h w -> (n h w) o").double()
-    gram = x.T @ x / len(x)
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram))
-    solution = torch.linalg.solve(gram, x.T @ y / len(x)).T.float()                              # (O, 9 I + 1)
-    conv.weight[:len(solution)] = solution[:, :-1].unflatten(1, (-1, 3, 3))
-    conv.bias[:len(solution)] = solution[:, -1]
 
 
 def optimizers_of(vae, preset, lr):
@@ -680,9 +614,7 @@ def train(kind, preset, options, device, rank=0, world=1):
         return
 
     images = TrainingImages(options.data, size, kind, options, rank, world)
-    still = range(0, STATISTICS // options.batch * options.video_every, options.video_every)
-    some = [] if preset.name == "svd" else [images[step][0] for step in still]
-    vae = start(kind, preset, options, some).to(device).train()
+    vae = start(kind, preset, options).to(device).train()
     optimizers = optimizers_of(vae, preset, options.lr)
     highest = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     settings = dict(kind=kind, steps=steps, config=vae.config, world=world, **{
@@ -735,7 +667,8 @@ def train(kind, preset, options, device, rank=0, world=1):
 
     vae.eval()
     if preset.name != "svd":
-        standardise(vae, (batch.to(device) for batch in some))
+        still = range(0, STATISTICS // options.batch * options.video_every, options.video_every)     # no videos
+        standardise(vae, (images[step][0].to(device) for step in still))
     scores, shown = evaluate(vae, kind, options, size, device)
     log.write(**scores)
     print(f"{path}: held-out " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
