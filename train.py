@@ -50,8 +50,8 @@ from vae import Muon, Stop
 #                  geometry is the number of view pairs seen, and one frame shows the same pair as ten do, at a tenth
 #                  of the price
 #   batch          clips a step and process, after that
-#   muon_lr        learning rate of the weight matrices under Muon, 0: AdamW for everything, as in the paper. From scratch
-#                  Muon learns faster (README has the measurement); lr is AdamW's, for all the rest
+#   muon_lr        learning rate of the weight matrices under Muon, 0: AdamW for everything, as in the paper. From
+#                  scratch Muon learns faster (README has the measurement); lr is AdamW's, for all the rest
 #   P_mean, P_std  ln(sigma) ~ N(P_mean, P_std^2). The pretrained U-Net keeps SVD's. From scratch more noise is needed:
 #                  at low noise the noisy target itself tells where the other camera is, and the cross-view attention
 #                  has nothing to learn
@@ -110,7 +110,8 @@ def diffusion_loss(D_x, x_0, sigma, gripper, valid, mask_weight, lambda_3d):
     """
     error = (D_x - x_0).float().square().mean(4)                                           # (B, V, S, T, h, w)
     cell_weight = torch.ones_like(error) * (1 + mask_weight * gripper[:, :, None])
-    if error.shape[2] == 2:                                                                # no depth, nothing to learn
+    if error.shape[2] == 2:
+        # nothing to learn where no depth is
         cell_weight = torch.stack([cell_weight[:, :, 0], cell_weight[:, :, 1] * valid], 2)
     parts = (error * cell_weight).mean((3, 4, 5))                                          # (B, V, S)
     stream_weight = torch.tensor([1.0, lambda_3d], device=parts.device)[:parts.shape[2]]   # L_diff + lambda * L_3D-diff
@@ -158,7 +159,7 @@ def evaluate(model, vaes, clip, loader, device, context):
 # ------------------------------------------------------------------------------------------------- what is kept on disk
 
 def save(path, tensors, **metadata):
-    """A safetensors file that is either the old one or the new one, at any moment. Its header holds numbers, settings."""
+    """A safetensors file that is the old one or the new one, at any moment. Numbers and settings go into its header."""
     partial = Path(str(path) + ".partial")
     save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial,
               metadata={key: json.dumps(value) for key, value in metadata.items()})
@@ -166,7 +167,7 @@ def save(path, tensors, **metadata):
 
 
 def training_state(model, average, optimizers):
-    """Every tensor that a resumed run needs, by name. What is random is a function of the step: no generator is here."""
+    """Every tensor that a resumed run needs, by name. No generator: whatever is random is a function of the step."""
     tensors = {f"model.{name}": p for name, p in model.state_dict().items()}
     tensors.update({f"average.{name}": p for name, p in average.items()})
     names = {p: name for name, p in model.named_parameters()}
@@ -177,7 +178,7 @@ def training_state(model, average, optimizers):
 
 
 def resume(path, model, average, optimizers):
-    """Put a saved training state back; returns the number of steps it had done, and the settings it was started with."""
+    """Put a saved training state back; returns how many steps it had done, and the settings it was started with."""
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     parameters = dict(model.named_parameters())
     try:
@@ -199,8 +200,8 @@ def resume(path, model, average, optimizers):
         model.load_state_dict(weights)
     except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
         message = str(error).splitlines()[0]
-        raise ValueError(f"{path} can't be resumed ({type(error).__name__}: {message}); it belongs to other settings or "
-                         "is damaged: use another --out, or delete it to start again") from None
+        raise ValueError(f"{path} can't be resumed ({type(error).__name__}: {message}); it belongs to other settings "
+                         "or is damaged: use another --out, or delete it to start again") from None
     return step, before
 
 
@@ -296,8 +297,8 @@ def parse():
     args.init = args.init or ("hub" if args.preset == "svd" else "scratch")
     args.init = M.SVD_REPO if args.init == "hub" else args.init
     if (args.init == "scratch") == (args.preset == "svd"):
-        raise ValueError(f"--preset {args.preset} with --init {args.init}: svd starts from published weights (hub, or a "
-                         "folder in the hub's layout), the other presets from scratch")
+        raise ValueError(f"--preset {args.preset} with --init {args.init}: svd starts from published weights (hub, or "
+                         "a folder in the hub's layout), the other presets from scratch")
     for name in ("steps", "batch", "single_batch", "accumulate", "eval_every", "save_every", "eval_clips"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
@@ -309,7 +310,7 @@ def parse():
 
 
 def optimizers_of(model, args):
-    """Muon for the matrices that map features to features; AdamW for what embeds the inputs, biases, norms and mixers."""
+    """Muon for matrices that map features to features, AdamW for what embeds the inputs, biases, norms and mixers."""
     inputs = ("token", "unet.conv_in", "unet.time_embedding", "unet.add_embedding")
     matrices, others = [], []
     for name, p in model.named_parameters():
@@ -332,8 +333,8 @@ def report(args, model, rank):
           f"cross-view attention {M.count(model.cross_view) / 1e6:.2f} M; trained {trained / 1e6:.2f} M")
     # weights, gradients, two moments (Muon has one), average: fp32 each
     states = 4 - bool(args.muon_lr) + bool(args.ema)
-    print(f"memory: {4 * states * trained / 2 ** 30:.2f} GB for weights, gradients, optimiser{' and average' * bool(args.ema)}, "
-          "plus activations")
+    print(f"memory: {4 * states * trained / 2 ** 30:.2f} GB for weights, gradients, optimiser"
+          f"{' and average' * bool(args.ema)}, plus activations")
     single = single_steps(args)
     world = int(os.environ.get("WORLD_SIZE", 1))
     print(f"steps: {single} of {args.single_batch * args.accumulate * world} view pairs on single frames, "
@@ -354,8 +355,8 @@ def stage_one(args, rank):
     names = ["rgb"] if args.rgb_only else ["rgb", "pointmap"]
     if rank == 0 and not all((Path(args.vae) / f"vae_{name}.safetensors").exists() for name in names):
         print(f"stage 1: no VAE in {args.vae}: training it there")
-        command = [sys.executable, str(Path(__file__).with_name("vae.py")), "--task", str(args.task), "--data", args.data,
-                   "--preset", args.preset, "--out", args.vae, "--seed", str(args.seed)]
+        command = [sys.executable, str(Path(__file__).with_name("vae.py")), "--task", str(args.task),
+                   "--data", args.data, "--preset", args.preset, "--out", args.vae, "--seed", str(args.seed)]
         if args.preset == "svd":
             command += ["--init", args.init]
         alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -417,7 +418,8 @@ def main():
     if args.precision == "auto":
         args.precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
-    # autocast would keep every weight in half precision too, until the end of the forward pass: checkpointing saves that
+    # autocast would keep every weight in half precision too, until the end of the forward pass: memory that
+    # checkpointing saves
     context = (lambda: torch.autocast(device.type, kind, cache_enabled=not args.checkpointing)) if kind else nullcontext
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     parameters = [p for p in raw_model.parameters() if p.requires_grad]
