@@ -1,19 +1,19 @@
-"""One RGB-D frame per view in, ten future frames of every view out: RGB video and pointmaps in the reference view's frame.
+"""One RGB-D frame per view in, ten future frames of every view out: RGB, and pointmaps in the reference view's frame.
 
-    python sample.py --task 1                                            # a held-out clip, unseen cameras
-    python sample.py --task 1 --clip 3 --steps 8 --ply                   # another one, faster, and a cloud file per frame
-    python sample.py --task 1 --rgb A.png B.png --depth A.png B.png --intrinsics K.npz       # your own two cameras
-    python sample.py --svd stabilityai/stable-video-diffusion-img2vid --rgb A.png            # plain SVD, image to video
+    python sample.py --task 1                                                            # held-out clip, unseen cameras
+    python sample.py --task 1 --clip 3 --steps 8 --ply                                   # another, faster, with clouds
+    python sample.py --task 1 --rgb A.png B.png --depth A.png B.png --intrinsics K.npz   # your own two cameras
+    python sample.py --svd stabilityai/stable-video-diffusion-img2vid --rgb A.png        # plain SVD, image to video
 
-What the model is given: colour, depth and intrinsics of each view at one instant. No camera pose. The pose of every view in
-the reference camera's frame comes out instead: a view's observed points (own frame) and its predicted points (reference
-frame) belong to the same pixels, so a rigid fit between the two is the pose.
+What the model is given: colour, depth and intrinsics of each view at one instant. No camera pose. The pose of every
+view in the reference camera's frame comes out instead: a view's observed points (own frame) and its predicted points
+(reference frame) belong to the same pixels, so a rigid fit between the two is the pose.
 
-Writes into runs/task_N/samples/NAME: prediction.npz, sheet.png (observed, predicted, true), rgb.gif, depth.gif, cloud.gif
-(the fused 4D scene, orbited), and frame_TT.ply with --ply.
+Writes into runs/task_N/samples/NAME: prediction.npz, sheet.png (observed, predicted, true), rgb.gif, depth.gif,
+cloud.gif (the fused 4D scene, orbited), and frame_TT.ply with --ply.
 
-Letters   B samples, V views (view 0 is the reference), S streams (0 RGB, 1 pointmap), T predicted frames, C latent channels,
-          h w latent cells, H W pixels
+Letters   B samples, V views (view 0 is the reference), S streams (0 RGB, 1 pointmap), T predicted frames,
+          C latent channels, h w latent cells, H W pixels
 References: EDM, arXiv 2206.00364 (sampler; eq. and algorithm numbers are from there); SVD, arXiv 2311.15127.
 """
 import argparse
@@ -40,10 +40,11 @@ FPS = D.CLIP_HZ
 def encode_conditions(model, vaes, clip, rgb, own_points, rgb_noise=0.0):
     """What the observed frame tells the model about each stream.
 
-    rgb, own_points: (B, V, 3, H, W) in [-1, 1]; own_points in each view's own camera frame (None when the model is RGB only).
-    vaes: {'rgb': VAE, 'pointmap': VAE}; clip: CLIPImageEncoder or None. Returns cond (B, V, S, C, h, w), concatenated to the
-    noisy latents of every frame, and image_embeds (B, V, D), one CLIP token per view (None without CLIP).
-    rgb_noise, shaped like rgb, is added to what the VAE sees and not to what CLIP sees, as in SVD's own pipeline.
+    rgb, own_points: (B, V, 3, H, W) in [-1, 1]; own_points in each view's own camera frame (None when the model is RGB
+    only). vaes: {'rgb': VAE, 'pointmap': VAE}; clip: CLIPImageEncoder or None. Returns cond (B, V, S, C, h, w),
+    concatenated to the noisy latents of every frame, and image_embeds (B, V, D), one CLIP token per view (None without
+    CLIP). rgb_noise, shaped like rgb, is added to what the VAE sees and not to what CLIP sees, as in SVD's own
+    pipeline.
     """
     b = rgb.shape[0]
     streams = [("rgb", rgb + rgb_noise)] + ([("pointmap", own_points)] if not model.rgb_only else [])
@@ -79,7 +80,7 @@ def karras_sigmas(steps, sigma_min=0.002, sigma_max=700.0, rho=7.0):
 
 @torch.no_grad()
 def sample_euler(denoise, noise, sigmas):
-    """Euler's method on the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma (EDM algorithm 1 without its churn).
+    """Euler's method on the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma (EDM algorithm 1, no churn).
 
     denoise(x, sigma) -> the clean estimate, shaped like x; noise: standard normal; sigmas: descending, ending in 0.
     """
@@ -94,12 +95,13 @@ def sample_euler(denoise, noise, sigmas):
 def sample_latents(model, cond, embeds, frames, steps=25, guidance=1.0, generator=None):
     """Clean latents (B, V, S, T, C, h, w) given the conditions of encode_conditions.
 
-    guidance: of the last frame; grows linearly over the frames from 1 (Ho & Salimans, arXiv 2207.12598; SVD's schedule).
-    1 runs no unconditional pass. generator: of the starting noise, drawn on the CPU so that every device starts alike.
+    guidance: of the last frame; grows linearly over the frames from 1 (Ho & Salimans, arXiv 2207.12598; SVD's
+    schedule). 1 runs no unconditional pass. generator: of the starting noise, drawn on the CPU so that every device
+    starts alike.
     """
     b, v, s, c, h, w = cond.shape
-    noise = torch.randn((b, v, s, frames, c, h, w), generator=generator).to(cond.device)     # float32, whatever the model's
-    weight = torch.linspace(1, guidance, frames, device=cond.device)[:, None, None, None]              # (T, 1, 1, 1)
+    noise = torch.randn((b, v, s, frames, c, h, w), generator=generator).to(cond.device)    # float32 for every model
+    weight = torch.linspace(1, guidance, frames, device=cond.device)[:, None, None, None]   # (T, 1, 1, 1)
 
     def denoise(x, sigma):
         sigma = torch.full((b,), sigma, device=x.device)
@@ -115,7 +117,7 @@ def sample_latents(model, cond, embeds, frames, steps=25, guidance=1.0, generato
 
 @torch.no_grad()
 def decode(model, vaes, latents, chunk=None):
-    """Latents (B, V, S, T, C, h, w) -> rgb (B, V, T, 3, H, W) in [-1, 1] and points (B, V, T, 3, H, W) in metres (or None).
+    """Latents (B, V, S, T, C, h, w) -> rgb (B, V, T, 3, H, W) in [-1, 1], points (B, V, T, 3, H, W) in m (or None).
 
     chunk: frames decoded at a time; the decoder looks along time inside a chunk only (None: the whole clip).
     """
@@ -146,7 +148,7 @@ def sample_views(model, vaes, clip, rgb, own_points, frames=10, steps=25, guidan
 # ---------------------------------------------------------------------------------------------- poses out of pointmaps
 
 def rigid_fit(source, target, weights):
-    """The rotation and translation (4, 4) that take source (N, 3) to target (N, 3) in weighted least squares (Kabsch 1976)."""
+    """The rigid motion (4, 4) that takes source (N, 3) to target (N, 3) in weighted least squares (Kabsch 1976)."""
     w = weights / weights.sum()
     source_mean, target_mean = w @ source, w @ target
     u, _, vt = np.linalg.svd((source - source_mean).T @ (w[:, None] * (target - target_mean)))
@@ -160,8 +162,9 @@ def rigid_fit(source, target, weights):
 def recover_view_in_ref(observed_in_own, valid, predicted_in_ref, iterations=20):
     """The pose of a view's camera in the reference frame, from pointmaps alone.
 
-    observed_in_own (H, W, 3) and valid (H, W) of the observed frame; predicted_in_ref (T, H, W, 3) of the same view. The median
-    over time removes what moves; the fit is reweighted (Geman-McClure) so that what is left of it has no say.
+    observed_in_own (H, W, 3) and valid (H, W) of the observed frame; predicted_in_ref (T, H, W, 3) of the same view.
+    The median over time removes what moves; the fit is reweighted (Geman-McClure) so that what is left of it has no
+    say.
     """
     source = observed_in_own[valid].astype(np.float64)
     target = np.median(predicted_in_ref, axis=0)[valid].astype(np.float64)
@@ -179,13 +182,15 @@ def recover_view_in_ref(observed_in_own, valid, predicted_in_ref, iterations=20)
 def to_prediction(observed_rgb, observed_depth, intrinsics, rgb, points):
     """prediction.npz's arrays from one sample.
 
-    observed_rgb (V, H, W, 3) uint8, observed_depth (V, H, W) m, intrinsics (V, 3, 3), rgb (V, T, 3, H, W) in [-1, 1], points
-    (V, T, 3, H, W) m in the reference frame. `valid` is where the prediction lies in front of the view's own camera, as the
-    recovered pose has it, and nearer than FAR: the model has seen no truth beyond, and pixels without depth were put there.
+    observed_rgb (V, H, W, 3) uint8, observed_depth (V, H, W) m, intrinsics (V, 3, 3), rgb (V, T, 3, H, W) in [-1, 1],
+    points (V, T, 3, H, W) m in the reference frame. `valid` is where the prediction lies in front of the view's own
+    camera, as the recovered pose has it, and nearer than FAR: the model has seen no truth beyond, and pixels without
+    depth were put there.
     """
-    prediction = dict(rgb=((rearrange(rgb, "v t c h w -> v t h w c") + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy(),
-                      intrinsics=intrinsics, observed_rgb=observed_rgb, observed_depth=observed_depth.astype(np.float32),
-                      fps=np.float64(FPS))
+    prediction = dict(
+        rgb=((rearrange(rgb, "v t c h w -> v t h w c") + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy(),
+        intrinsics=intrinsics, observed_rgb=observed_rgb, observed_depth=observed_depth.astype(np.float32),
+        fps=np.float64(FPS))
     if points is None:
         return prediction
     points = rearrange(points, "v t c h w -> v t h w c").cpu().numpy().astype(np.float32)
@@ -204,7 +209,8 @@ def add_truth(prediction, item):
     prediction.update(
         true_rgb=rgb[:, 1:], true_points=points[:, 1:], true_valid=item["valid"][:, 1:].numpy(),
         true_view_in_ref=item["view_in_ref"].numpy(), true_gripper_in_ref=item["gripper_in_ref"].numpy(),
-        true_opening=item["opening"].numpy(), true_gripper=rearrange(item["gripper"][:, 1:], "v t h w a -> v t a h w").numpy(),
+        true_opening=item["opening"].numpy(),
+        true_gripper=rearrange(item["gripper"][:, 1:], "v t h w a -> v t a h w").numpy(),
         observed_gripper=rearrange(item["gripper"][:, 0], "v h w a -> v a h w").numpy(),
         observed_gripper_in_ref=item["gripper_in_ref"][0].numpy(), observed_opening=item["opening"][0].numpy(),
         name=item["name"])
@@ -222,7 +228,7 @@ def colorize(z, low, high):
 
 
 def enlarge(images, height=192):
-    """Whole-number nearest enlargement of (..., H, W, 3) to about `height` pixels, so that small pictures can be seen."""
+    """Whole-number nearest enlargement of (..., H, W, 3) to about `height` pixels, to make small pictures visible."""
     k = max(1, round(height / images.shape[-3]))
     return np.repeat(np.repeat(images, k, -3), k, -2)
 
@@ -234,7 +240,7 @@ def depth_range(prediction):
 
 
 def depth_images(prediction, prefix=""):
-    """z in the reference frame of the predicted (prefix '') or true ('true_') frames as colours: (V, T, H, W, 3) uint8."""
+    """z in the reference frame of predicted (prefix '') or true ('true_') frames as colours: (V, T, H, W, 3) uint8."""
     z = np.where(prediction[prefix + "valid"], prediction[prefix + "points"][..., 2], np.nan)
     return colorize(z, *depth_range(prediction))
 
@@ -247,7 +253,7 @@ def contact_sheet(path, prediction, title=""):
 
     views, frames = prediction["rgb"].shape[:2]
     shown = np.unique(np.linspace(0, frames - 1, 5).round().astype(int))
-    rows = []                                                       # (label, observed picture or None, pictures over time)
+    rows = []                                              # (label, observed picture or None, pictures over time)
     for v in range(views):
         name = f"view {v}" + (" (reference)" if v == 0 else "")
         rows.append((f"{name}\npredicted", prediction["observed_rgb"][v], prediction["rgb"][v]))
@@ -255,10 +261,12 @@ def contact_sheet(path, prediction, title=""):
             rows.append(("true", None, prediction["true_rgb"][v]))
         if "points" in prediction:
             own = np.where(prediction["observed_depth"][v] > 0, prediction["observed_depth"][v], np.nan)
-            rows.append(("predicted z\nin reference", colorize(own, *depth_range(prediction)), depth_images(prediction)[v]))
+            rows.append(("predicted z\nin reference", colorize(own, *depth_range(prediction)),
+                         depth_images(prediction)[v]))
             if "true_points" in prediction:
                 rows.append(("true z", None, depth_images(prediction, "true_")[v]))
-    figure, axes = plt.subplots(len(rows), 1 + len(shown), figsize=(2.1 * (1 + len(shown)) + 0.6, 1.75 * len(rows) + 0.4),
+    figure, axes = plt.subplots(len(rows), 1 + len(shown),
+                                figsize=(2.1 * (1 + len(shown)) + 0.6, 1.75 * len(rows) + 0.4),
                                 squeeze=False, layout="constrained")
     for row, (label, observed, pictures) in zip(axes, rows):
         for ax, picture, heading in zip(row, [observed] + [pictures[t] for t in shown],
@@ -276,7 +284,7 @@ def contact_sheet(path, prediction, title=""):
 
 
 def splat(points_in_cam, colors, intrinsics, height, width, radius=1):
-    """Picture (H, W, 3) uint8 of a cloud (N, 3) with colours (N, 3): squares of 2 radius + 1 pixels, the nearest on top."""
+    """Picture (H, W, 3) uint8 of a cloud (N, 3) with colours (N, 3): squares of 2 radius + 1 pixels, nearest on top."""
     points_in_cam, colors = points_in_cam[points_in_cam[:, 2] > 0.05], colors[points_in_cam[:, 2] > 0.05]
     pixels, z = D.project(points_in_cam, intrinsics)
     order = np.argsort(-z)                                          # far first: later writes cover earlier ones
@@ -292,7 +300,7 @@ def splat(points_in_cam, colors, intrinsics, height, width, radius=1):
 
 
 def look_from(target, distance, azimuth, elevation):
-    """A camera in the reference camera's frame that orbits `target`: angles 0, 0 look along the reference's own axis."""
+    """A camera in the reference camera's frame that orbits `target`: angles 0, 0 look along the reference's axis."""
     ca, sa, ce, se = np.cos(azimuth), np.sin(azimuth), np.cos(elevation), np.sin(elevation)
     forward = np.array([sa * ce, se, ca * ce])
     right = np.array([ca, 0, -sa])
@@ -342,7 +350,8 @@ def write_results(folder, prediction, title="", ply=False):
     side_by_side = lambda video: enlarge(rearrange(video, "v t h w c -> t h (v w) c"))
     above = lambda top, bottom: np.concatenate([top, bottom], 1)
     rgb = side_by_side(prediction["rgb"])
-    write_gif(folder / "rgb.gif", above(rgb, side_by_side(prediction["true_rgb"])) if "true_rgb" in prediction else rgb, 4)
+    write_gif(folder / "rgb.gif",
+              above(rgb, side_by_side(prediction["true_rgb"])) if "true_rgb" in prediction else rgb, 4)
     if "points" not in prediction:
         return
     z = side_by_side(depth_images(prediction))
@@ -352,13 +361,14 @@ def write_results(folder, prediction, title="", ply=False):
     if ply:
         for t in range(prediction["points"].shape[1]):
             keep = prediction["valid"][:, t]
-            write_ply(folder / f"frame_{t + 1:02d}.ply", prediction["points"][:, t][keep], prediction["rgb"][:, t][keep])
+            write_ply(folder / f"frame_{t + 1:02d}.ply",
+                      prediction["points"][:, t][keep], prediction["rgb"][:, t][keep])
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
 
 def load_run(run, device="cpu", dtype=torch.float32):
-    """What train.py left in a run folder: model, vaes {'rgb', 'pointmap'} and clip (None for presets without it), in eval mode.
+    """What train.py left in a run folder: model, vaes {'rgb', 'pointmap'} and clip (None without it), in eval mode.
 
     model.json beside the weights says how the model is built and where its VAEs (and CLIP) lie. Raises ValueError.
     """
@@ -393,10 +403,11 @@ def load_svd(folder_or_repo, device="cpu", dtype=torch.float32):
 
 
 def read_views(rgb_files, depth_files, intrinsics_file, size):
-    """The user's own pictures -> observed_rgb (V, H, W, 3) uint8, observed_depth (V, H, W) m, intrinsics (V, 3, 3) at `size`.
+    """The user's own pictures -> observed_rgb (V, H, W, 3) uint8, observed_depth (V, H, W) m, intrinsics (V, 3, 3).
 
-    Depth files are 16-bit PNGs in millimetres (0: nothing measured); the npz holds `intrinsics` (V, 3, 3) in pixels of the
-    given pictures. Without depth files (plain SVD) depth is 0 and the intrinsics are those of a 60 degree lens.
+    All of them come out at `size`. Depth files are 16-bit PNGs in millimetres (0: nothing measured); the npz holds
+    `intrinsics` (V, 3, 3) in pixels of the given pictures. Without depth files (plain SVD) depth is 0 and the
+    intrinsics are those of a 60 degree lens.
     """
     images = [read_picture(path) for path in rgb_files]
     for path, image in zip(rgb_files, images):
@@ -408,19 +419,22 @@ def read_views(rgb_files, depth_files, intrinsics_file, size):
         lens = np.array([[focal, 0, (size[1] - 1) / 2], [0, focal, (size[0] - 1) / 2], [0, 0, 1]])
         return rgb, np.zeros(rgb.shape[:3]), np.repeat(lens[None], len(rgb), 0)
     if len(depth_files) != len(rgb_files):
-        raise ValueError(f"--rgb names {len(rgb_files)} pictures, --depth {len(depth_files)}: one of each per view is needed")
+        raise ValueError(f"--rgb names {len(rgb_files)} pictures, --depth {len(depth_files)}: "
+                         "one of each per view is needed")
     depths = [read_picture(path) for path in depth_files]
     for path, depth, image in zip(depth_files, depths, images):
         if depth.dtype != np.uint16 or depth.shape != image.shape[:2]:
-            raise ValueError(f"{path}: a 16-bit PNG of millimetres, {image.shape[0]}x{image.shape[1]} like its RGB picture, is "
-                             f"needed; this is {depth.dtype} of shape {depth.shape}")
+            raise ValueError(f"{path}: a 16-bit PNG of millimetres, {image.shape[0]}x{image.shape[1]} like its RGB "
+                             f"picture, is needed; this is {depth.dtype} of shape {depth.shape}")
     try:
         with np.load(intrinsics_file) as file:
             intrinsics = file["intrinsics"]
     except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{intrinsics_file}: an npz file with an array `intrinsics` (V, 3, 3) is needed ({error})") from None
+        raise ValueError(f"{intrinsics_file}: an npz file with an array `intrinsics` (V, 3, 3) is needed "
+                         f"({error})") from None
     if intrinsics.shape != (len(rgb_files), 3, 3):
-        raise ValueError(f"{intrinsics_file}: `intrinsics` has shape {intrinsics.shape}, expected {(len(rgb_files), 3, 3)}")
+        raise ValueError(f"{intrinsics_file}: `intrinsics` has shape {intrinsics.shape}, "
+                         f"expected {(len(rgb_files), 3, 3)}")
     depth = np.stack([D.resize(d[None], size, "depth")[0] for d in depths]) / 1000.0
     scaled = [D.scale_intrinsics(k, image.shape[:2], size) for k, image in zip(intrinsics, images)]
     return rgb, depth, np.stack(scaled)
@@ -434,8 +448,10 @@ def read_picture(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--task", type=int, choices=D.TASKS, help="sample a clip of this task's held-out data with runs/task_N")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--task", type=int, choices=D.TASKS,
+                        help="sample a clip of this task's held-out data with runs/task_N")
     parser.add_argument("--run", help="folder that train.py wrote [runs/task_N]")
     parser.add_argument("--data", help="packed episodes to take the clip from [data/task_N]")
     parser.add_argument("--split", default="test", choices=["train", "test"], help="of cameras and episodes")
@@ -447,7 +463,8 @@ def main():
     parser.add_argument("--svd", metavar="FOLDER_OR_REPO", help="no training: Stable Video Diffusion itself on --rgb")
     parser.add_argument("--frames", type=int, default=10, help="frames to predict, two a second")
     parser.add_argument("--steps", type=int, default=25, help="Euler steps")
-    parser.add_argument("--guidance", type=float, help="of the last frame, 1 at the first; 1 is one pass a step [1; with --svd 3]")
+    parser.add_argument("--guidance", type=float,
+                        help="of the last frame, 1 at the first; 1 is one pass a step [1; with --svd 3]")
     parser.add_argument("--chunk", type=int, help="frames that the VAE decodes at a time [all]")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of the networks")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise")
@@ -493,7 +510,8 @@ def main():
                                rgb_noise)
     seconds = time.time() - started
 
-    prediction = to_prediction(observed_rgb, observed_depth, intrinsics, rgb[0].float(), None if points is None else points[0])
+    prediction = to_prediction(observed_rgb, observed_depth, intrinsics, rgb[0].float(),
+                               None if points is None else points[0])
     if item:
         prediction = add_truth(prediction, item)
     out = Path(args.out) if args.out else (Path("runs/svd") if args.svd else run) / "samples" / re.sub(r"\W", "_", name)
@@ -503,12 +521,14 @@ def main():
         for v in range(1, len(observed_rgb)):
             error = D.invert(prediction["true_view_in_ref"][v]) @ prediction["view_in_ref"][v]
             angle = np.degrees(np.arccos(np.clip((np.trace(error[:3, :3]) - 1) / 2, -1, 1)))
-            print(f"view {v}: recovered camera pose is off by {np.linalg.norm(error[:3, 3]) * 100:.1f} cm and {angle:.1f} degrees")
-    print(f"results: {out}/ (prediction.npz, sheet.png, rgb.gif" + (", depth.gif, cloud.gif)" if points is not None else ")"))
+            print(f"view {v}: recovered camera pose is off by {np.linalg.norm(error[:3, 3]) * 100:.1f} cm "
+                  f"and {angle:.1f} degrees")
+    print(f"results: {out}/ (prediction.npz, sheet.png, rgb.gif"
+          + (", depth.gif, cloud.gif)" if points is not None else ")"))
 
 
 def observation(item):
-    """The observed frame of an item of data.Clips, as arrays: rgb (V, H, W, 3) uint8, depth (V, H, W) m, intrinsics (V, 3, 3)."""
+    """The observed frame of an item of data.Clips: rgb (V, H, W, 3) uint8, depth (V, H, W) m, intrinsics (V, 3, 3)."""
     rgb = rearrange((item["rgb"][:, 0] + 1) * 127.5, "v c h w -> v h w c").round().byte().numpy()
     depth = D.denormalize_points(item["own_points"][:, 2]) * item["valid"][:, 0]
     return rgb, depth.numpy(), item["intrinsics"].numpy()
