@@ -1,9 +1,9 @@
-"""RGB-D episodes of robot manipulation: recorded ones packed for training, or rendered ones, and the clips cut from them.
+"""RGB-D episodes of robot manipulation: recorded ones packed for training, or rendered ones, and clips cut from them.
 
-    python data.py --task 1                             # render the synthetic world's episodes into data/task_1
-    python data.py --task 1 --source FOLDER             # pack recorded episodes in the public dataset's layout
-    python data.py --task 1 --source hub --episodes 3   # download and pack three of the public episodes
-    python data.py --task 1 --preview                   # data/task_1/preview.png: two views, and both clouds in one frame
+    python data.py --task 1                            # render the synthetic world's episodes into data/task_1
+    python data.py --task 1 --source FOLDER            # pack recorded episodes in the public dataset's layout
+    python data.py --task 1 --source hub --episodes 3  # download and pack three of the public episodes
+    python data.py --task 1 --preview                  # data/task_1/preview.png: two views, both clouds in one frame
 
 The method needs, for every frame of every camera, the colour image and a *pointmap*: an image whose pixels hold metric
 x, y, z. A pointmap of view m can be written in its own camera's frame (from depth and intrinsics alone) or in another
@@ -44,7 +44,7 @@ FAR = 2.0                   # metres; farther depth counts as invalid
 CLIP_HZ = 2                 # frames a second of a clip: ten predicted frames are five seconds
 MIN_SPEED = 0.02            # m/s; a clip must see an arm move faster than this in its first STATIC_SECONDS
 STATIC_SECONDS = 2.0
-TRAIN_CAMERAS, TEST_CAMERAS = range(0, 12), range(12, 16)      # scene_1..scene_12 and scene_13..scene_16 of the public data
+TRAIN_CAMERAS, TEST_CAMERAS = range(0, 12), range(12, 16)      # public data's scene_1..scene_12, scene_13..scene_16
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def transform(points_in_a, a_in_b):
 def project(points_in_cam, intrinsics):
     """Points (..., 3) in a camera's frame -> pixel coordinates (..., 2) = (u, v), and depth z (...,) in metres.
 
-    intrinsics: (3, 3), or any shape that broadcasts. Points with z <= 0 lie behind the camera: their pixels mean nothing.
+    intrinsics: (3, 3), or any shape that broadcasts. Points with z <= 0 lie behind the camera: their pixels mean
+    nothing.
     """
     homogeneous = (intrinsics @ points_in_cam[..., None])[..., 0]
     z = homogeneous[..., 2]
@@ -121,7 +122,7 @@ def invert(a_in_b):
 
 
 def normalize_points(points):
-    """Metres in [-1, 2] -> [-1, 1], the range of an image, so that a pointmap can enter an image VAE. Nothing is clamped."""
+    """Metres in [-1, 2] -> [-1, 1], an image's range, so that a pointmap can enter an image VAE. Nothing is clamped."""
     return (points - 0.5) / 1.5
 
 
@@ -133,8 +134,8 @@ def denormalize_points(points):
 def point_maps(depth, intrinsics):
     """Depth (..., H, W) m and intrinsics (..., 3, 3) -> points_in_own_cam (..., H, W, 3) and valid (..., H, W).
 
-    A pixel without depth (0, or beyond FAR) is put on the plane z = FAR along its own ray, before any change of frame, and
-    is marked invalid. Left at 0 it would sit in the camera's centre: carried into another frame, every such pixel
+    A pixel without depth (0, or beyond FAR) is put on the plane z = FAR along its own ray, before any change of frame,
+    and is marked invalid. Left at 0 it would sit in the camera's centre: carried into another frame, every such pixel
     becomes the camera's position, a point that no surface has.
     """
     valid = (depth > 0) & (depth <= FAR)
@@ -143,7 +144,7 @@ def point_maps(depth, intrinsics):
 
 
 def scale_intrinsics(intrinsics, old_size, new_size):
-    """Intrinsics (..., 3, 3) of an image resized from old_size (H, W) to new_size: u' = (u + 1/2) s - 1/2 on each axis."""
+    """Intrinsics (..., 3, 3) of an image resized from old_size (H, W) to new_size: u' = (u + 1/2) s - 1/2, per axis."""
     scaled = np.array(intrinsics, dtype=np.float64)
     for axis, s in ((0, new_size[1] / old_size[1]), (1, new_size[0] / old_size[0])):
         scaled[..., axis, axis] *= s
@@ -152,7 +153,7 @@ def scale_intrinsics(intrinsics, old_size, new_size):
 
 
 def resize(frames, size, kind):
-    """Resize (N, H, W[, 3]) to size (H, W). kind 'rgb' is bilinear with antialiasing, 'depth' and 'label' take the nearest.
+    """Resize (N, H, W[, 3]) to size (H, W). kind 'rgb': bilinear with antialiasing; 'depth' and 'label': nearest.
 
     Depth is never averaged: between a gripper at 0.8 m and a table at 1.1 m lies no surface at 0.95 m, and an invented
     point there would be trained on and tracked.
@@ -183,8 +184,8 @@ def save_episode(folder, rgb, depth, label, intrinsics, cam_in_world, gripper_in
     """Write one packed episode; the folder appears only when it is complete.
 
     rgb (C,T,H,W,3) uint8, depth (C,T,H,W) uint16 mm, label (C,T,H,W) uint8, intrinsics (C,3,3) pixels, cam_in_world
-    (C,T,4,4) or (C,4,4), gripper_in_world (T,A,4,4), gripper_opening (T,A) m, time (T,) s, info: what goes into episode.json
-    (task, source, rate_hz, ...).
+    (C,T,4,4) or (C,4,4), gripper_in_world (T,A,4,4), gripper_opening (T,A) m, time (T,) s, info: what goes into
+    episode.json (task, source, rate_hz, ...).
     """
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
@@ -214,7 +215,8 @@ def load_episode(folder):
             intrinsics, cam_in_world = cameras["intrinsics"], cameras["cam_in_world"]
             gripper_in_world, opening, time = robot["gripper_in_world"], robot["gripper_opening"], robot["time"]
     except FileNotFoundError as error:
-        raise ValueError(f"{error.filename} is missing: {folder} is not a packed episode (make it with data.py)") from None
+        raise ValueError(f"{error.filename} is missing: {folder} is not a packed episode "
+                         "(make it with data.py)") from None
     except (KeyError, OSError, EOFError, ValueError) as error:
         raise ValueError(f"{folder} is damaged ({error}): delete it and run data.py again") from None
     if rgb.shape[:-1] != depth.shape or depth.shape != label.shape or len(gripper_in_world) != rgb.shape[1]:
@@ -250,7 +252,7 @@ def find_recorded(source, task):
 
 
 def label_ids(metadata, task):
-    """Label ids -> {RIGHT_GRIPPER: ids, LEFT_GRIPPER: ids, OBJECT: ids}, by the episode's own names where it has them."""
+    """Label ids -> {RIGHT_GRIPPER: ids, LEFT_GRIPPER: ids, OBJECT: ids}, by the episode's names where it has them."""
     names = metadata.get("label_names")
     if not names:
         return {RIGHT_GRIPPER: PUBLIC_GRIPPER_IDS["right"], LEFT_GRIPPER: PUBLIC_GRIPPER_IDS["left"],
@@ -337,14 +339,14 @@ def pack_folder(source, task, out, size, episodes=None):
 # ------------------------------------------------------------------------------------------------ clips for training
 
 def episode_split(count, seed=0, test_share=0.2):
-    """Episode numbers 0..count-1 -> (train, test), fixed by the seed. At least one episode is held out if there are two."""
+    """Episode numbers 0..count-1 -> (train, test), fixed by the seed. At least one is held out if there are two."""
     order = np.random.default_rng(seed).permutation(count)
     held_out = max(1, round(count * test_share)) if count > 1 else 0
     return sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
 
 
 def moving_starts(episode, frames):
-    """Frames at which a clip of 1 + `frames` can start: it must fit, and an arm must move within its first two seconds."""
+    """Frames at which a clip of 1 + `frames` can start: it must fit, and an arm must move in its first two seconds."""
     stride = max(1, round(episode.rate_hz / CLIP_HZ))
     last = episode.rgb.shape[1] - 1 - stride * frames
     window = max(1, round(STATIC_SECONDS * episode.rate_hz))
@@ -356,12 +358,12 @@ def moving_starts(episode, frames):
 class Clips(torch.utils.data.Dataset):
     """Clips of V views: one observed and `frames` predicted frames at 2 Hz, from cameras and episodes of one split.
 
-    Item i is a function of (seed, i) alone, so a run that stops and resumes sees the same clips. It is a dict of tensors:
+    Item i is a function of (seed, i) alone, so a run that stops and resumes sees the same clips. A dict of tensors:
         rgb        (V, F, 3, H, W)  in [-1, 1]
         points     (V, F, 3, H, W)  normalised, in the reference camera's frame (view 0, at the observed instant)
         valid      (V, F, H, W)     bool, where depth was measured
         gripper    (V, F, H, W, A)  bool, the mask of each gripper
-        own_points (V, 3, H, W)     normalised, the observed pointmap in the view's own camera frame: all a robot would have
+        own_points (V, 3, H, W)     normalised, the observed pointmap in the view's own camera frame: all a robot has
         frame_index (F - 1,)        which of the predicted frames 0..frames-1 these are
         intrinsics (V, 3, 3), view_in_ref (V, 4, 4) at the observed instant, gripper_in_ref (F, A, 4, 4), opening (F, A)
     With `single`, only one random predicted frame is taken (F = 2).
@@ -386,10 +388,12 @@ class Clips(torch.utils.data.Dataset):
                              f"pack it again with data.py --size {size[0]}x{size[1]}")
         # a rig with fewer than 16 cameras has none to spare: every one serves both splits
         chosen = {"train": TRAIN_CAMERAS, "test": TEST_CAMERAS}[split]
-        self.cameras = [np.array(chosen if len(episode.rgb) >= 16 else range(len(episode.rgb))) for episode in self.episodes]
+        self.cameras = [np.array(chosen if len(episode.rgb) >= 16 else range(len(episode.rgb)))
+                        for episode in self.episodes]
         for episode, cameras in zip(self.episodes, self.cameras):
             if len(cameras) < views:
-                raise ValueError(f"{views} views were asked for, {episode.folder} has {len(cameras)} cameras of the {split} split")
+                raise ValueError(f"{views} views were asked for, {episode.folder} has {len(cameras)} cameras "
+                                 f"of the {split} split")
         self.split, self.size, self.views, self.frames = split, tuple(size), views, frames
         self.single, self.seed, self.length = single, seed, length
 
@@ -457,7 +461,7 @@ def look_at(position, target):
 
 
 def ranges(first, count):
-    """first (n,), count (n,) -> owner, value: entry i stands count[i] times, with the values first[i], first[i] + 1, ..."""
+    """first (n,), count (n,) -> owner, value: entry i stands count[i] times, with values first[i], first[i] + 1, ..."""
     owner = np.repeat(np.arange(len(count)), count)
     value = np.arange(len(owner)) + np.repeat(first - (np.cumsum(count) - count), count)
     return owner, value
@@ -467,15 +471,16 @@ def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01, cull
     """One triangle mesh as K pinhole cameras see it: the depth of the nearest surface, and which face it is.
 
     vertices_in_cam (K,N,3) metres, OpenCV camera axes; faces (M,3) vertex numbers; intrinsics (K,3,3) or (3,3) pixels.
-    Returns depth (K,H,W) float32, z in metres, 0 where there is nothing, and face (K,H,W) int32, -1 where there is nothing.
-    Integer pixel coordinates are pixel centres. What is nearer than `near` is cut away. Both sides of a face are drawn; with
-    `cull` only the side from which its corners run counter-clockwise: enough, and faster, for closed meshes.
+    Returns depth (K,H,W) float32, z in metres, 0 where there is nothing, and face (K,H,W) int32, -1 where there is
+    nothing. Integer pixel coordinates are pixel centres. What is nearer than `near` is cut away. Both sides of a face
+    are drawn; with `cull` only the side from which its corners run counter-clockwise: enough, and faster, for closed
+    meshes.
 
-    Let the corners of a face be v_i, and Q the matrix with the columns q_i = K v_i. The ray of pixel p = (x, y, 1) meets
-    the face's plane at sum_i w_i v_i / sum_i w_i with w = Q^-1 p; the point is on the face, in front of the camera, where
-    all w_i >= 0, and there 1/z = sum_i w_i. All of it is linear in x and y, and no vertex is divided by its z, so that
-    faces reaching behind the camera need no clipping (Olano and Greer 1997, "Triangle scan conversion using 2D homogeneous
-    coordinates").
+    Let the corners of a face be v_i, and Q the matrix with the columns q_i = K v_i. The ray of pixel p = (x, y, 1)
+    meets the face's plane at sum_i w_i v_i / sum_i w_i with w = Q^-1 p; the point is on the face, in front of the
+    camera, where all w_i >= 0, and there 1/z = sum_i w_i. All of it is linear in x and y, and no vertex is divided by
+    its z, so that faces reaching behind the camera need no clipping (Olano and Greer 1997, "Triangle scan conversion
+    using 2D homogeneous coordinates").
     """
     vertices_in_cam, faces = np.asarray(vertices_in_cam, float), np.asarray(faces)
     K, pixels = len(vertices_in_cam), height * width
@@ -523,8 +528,8 @@ def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01, cull
     stop = np.floor(np.clip(right + 1e-6, -1, high[0, tri])).astype(int)
     row, x = ranges(start, (stop - start + 1).clip(0))
 
-    # 4. The z-buffer: the largest 1/z wins. The bits of positive floats sort as the floats do, so that the maximum of one
-    # integer made of (bits of 1/z, face) keeps both the depth and the face.
+    # 4. The z-buffer: the largest 1/z wins. The bits of positive floats sort as the floats do, so that the maximum of
+    # one integer made of (bits of 1/z, face) keeps both the depth and the face.
     fragment = (inverse_z[1, tri] * y + inverse_z[2, tri])[row] + inverse_z[0, tri][row] * x
     key = fragment.astype(np.float32).view(np.int32).astype(np.int64) << 32 | face[tri][row]
     buffer = np.zeros(K * pixels, np.int64)
@@ -547,7 +552,8 @@ def load_mesh(path):
             words = [line.split() for line in data.decode().splitlines()]
             vertices = [[float(v) for v in w[1:4]] for w in words if w[:1] == ["v"]]
             polygons = [[int(v.split("/")[0]) for v in w[1:]] for w in words if w[:1] == ["f"]]
-            faces = np.array([(f[0], f[i], f[i + 1]) for f in polygons for i in range(1, len(f) - 1)], int).reshape(-1, 3)
+            faces = np.array([(f[0], f[i], f[i + 1]) for f in polygons for i in range(1, len(f) - 1)],
+                             int).reshape(-1, 3)
             faces = np.where(faces > 0, faces - 1, faces + len(vertices))       # counted from 1, or back from the end
         elif path.suffix.lower() == ".stl":
             count = int.from_bytes(data[80:84], "little")
@@ -573,11 +579,13 @@ def load_mesh(path):
 
 LAMP_PIXELS = 512           # on a side of the lamp's own picture of the world, which tells what it lights
 LAMP_TARGET = 0.05, 0, 0    # where it looks, in the world
-LAMP_INTRINSICS = np.array([[0.75 * LAMP_PIXELS, 0, LAMP_PIXELS / 2], [0, 0.75 * LAMP_PIXELS, LAMP_PIXELS / 2], [0, 0, 1]])
+LAMP_INTRINSICS = np.array([[0.75 * LAMP_PIXELS, 0, LAMP_PIXELS / 2],
+                            [0, 0.75 * LAMP_PIXELS, LAMP_PIXELS / 2],
+                            [0, 0, 1]])
 
 
 def assemble(bodies, body_in_world):
-    """All bodies as one mesh in the world: vertices (N,3), faces (M,3), normals (M,3), the number of each face's body (M,)."""
+    """All bodies as one mesh in the world: vertices (N,3), faces (M,3), normals (M,3), each face's body number (M,)."""
     vertices = [transform(body.mesh[0], pose) for body, pose in zip(bodies, body_in_world)]
     starts = np.cumsum([0] + [len(v) for v in vertices])
     vertices, faces = np.concatenate(vertices), np.concatenate([b.mesh[1] + start for b, start in zip(bodies, starts)])
@@ -595,11 +603,11 @@ def lamp_depth(mesh, lamp):
 
 
 def draw_bodies(bodies, body_in_world, mesh, intrinsics, cam_in_world, size, lamp, behind=None):
-    """What one camera sees of the bodies, before shadows fall on it. mesh: they, assembled. `behind`: such a picture, which
-    they are drawn into.
+    """What one camera sees of the bodies, before shadows fall on it. mesh: they, assembled. `behind`: such a picture,
+    which they are drawn into.
 
-    Returns a dict of flat arrays, one entry a pixel: depth, label, normal, color, the light of the sky, the light of the
-    lamp if it reaches the point, and where the lamp would see the point: lamp_pixel and lamp_z.
+    Returns a dict of flat arrays, one entry a pixel: depth, label, normal, color, the light of the sky, the light of
+    the lamp if it reaches the point, and where the lamp would see the point: lamp_pixel and lamp_z.
     """
     H, W = size
     picture = {name: array.copy() for name, array in behind.items()} if behind else dict(
@@ -609,7 +617,7 @@ def draw_bodies(bodies, body_in_world, mesh, intrinsics, cam_in_world, size, lam
     vertices, faces, normals, body_of_face = mesh
     depth, face = rasterize(transform(vertices, invert(cam_in_world))[None], faces, intrinsics, H, W, cull=True)
     depth, face = depth.ravel(), face.ravel()
-    mine = np.flatnonzero((face >= 0) & (depth < picture["depth"]))             # (P,) the pixels where a body is in front
+    mine = np.flatnonzero((face >= 0) & (depth < picture["depth"]))             # (P,) pixels where a body is in front
     depth, face = depth[mine], face[mine]
 
     single = lambda x: np.asarray(x, np.float32)
@@ -632,8 +640,9 @@ def draw_bodies(bodies, body_in_world, mesh, intrinsics, cam_in_world, size, lam
         rotation, position = single(body_in_world[i][:3, :3]), single(body_in_world[i][:3, 3])
         color[of_body] = bodies[i].paint((points[of_body] - position) @ rotation, normal[of_body] @ rotation)
 
-    seen = dict(depth=depth, label=np.array([body.label for body in bodies], np.uint8)[body], normal=normal, color=color,
-                sky=0.42 + 0.13 * normal[:, 2], sun=0.55 * cosine.clip(0), lamp_z=np.where(in_view, in_lamp[:, 2], 0),
+    seen = dict(depth=depth, label=np.array([body.label for body in bodies], np.uint8)[body],
+                normal=normal, color=color, sky=0.42 + 0.13 * normal[:, 2], sun=0.55 * cosine.clip(0),
+                lamp_z=np.where(in_view, in_lamp[:, 2], 0),
                 lamp_pixel=np.where(in_view, y, 0).astype(int) * LAMP_PIXELS + np.where(in_view, x, 0).astype(int))
     for name, values in seen.items():
         picture[name][mine] = values
@@ -643,18 +652,18 @@ def draw_bodies(bodies, body_in_world, mesh, intrinsics, cam_in_world, size, lam
 def render(bodies, body_in_world, intrinsics, cam_in_world, size, lamp=(-0.5, -0.7, 1.9), samples=1, still=None):
     """Pictures of rigid painted bodies (see Body) from K cameras.
 
-    body_in_world (N,4,4), intrinsics (K,3,3) pixels of size (H, W), cam_in_world (K,4,4), lamp (3,) in the world. Returns
-    rgb (K,H,W,3) uint8, depth (K,H,W) float32 z in metres (0: nothing there), label (K,H,W) uint8, normal (K,H,W,3)
-    float32 in the world. `samples` (odd) rays a pixel and axis smooth the colours; depth, label and normal are those of the
-    pixel's centre. Bodies are closed: only their outsides are drawn. Light: a sky that is brighter than the ground, and a
-    lamp with Lambert's cosine and hard shadows. `still`: what `backdrop` made of further bodies, which do not move, for the
-    same cameras, size, lamp and samples.
+    body_in_world (N,4,4), intrinsics (K,3,3) pixels of size (H, W), cam_in_world (K,4,4), lamp (3,) in the world.
+    Returns rgb (K,H,W,3) uint8, depth (K,H,W) float32 z in metres (0: nothing there), label (K,H,W) uint8, normal
+    (K,H,W,3) float32 in the world. `samples` (odd) rays a pixel and axis smooth the colours; depth, label and normal
+    are those of the pixel's centre. Bodies are closed: only their outsides are drawn. Light: a sky that is brighter
+    than the ground, and a lamp with Lambert's cosine and hard shadows. `still`: what `backdrop` made of further bodies,
+    which do not move, for the same cameras, size, lamp and samples.
     """
     H, W = fine = size[0] * samples, size[1] * samples
     mesh = assemble(bodies, body_in_world)
     pictures, light_reach = still or ([None] * len(cam_in_world), np.inf)
     light_reach = np.minimum(lamp_depth(mesh, lamp), light_reach).ravel()
-    centre = np.s_[samples // 2::samples, samples // 2::samples]                # the middle sample is the pixel's centre
+    centre = np.s_[samples // 2::samples, samples // 2::samples]                # middle sample: the pixel's centre
     shots = []
     for K, camera, behind in zip(scale_intrinsics(intrinsics, size, fine), cam_in_world, pictures):
         seen = draw_bodies(bodies, body_in_world, mesh, K, camera, fine, lamp, behind)
@@ -701,7 +710,8 @@ def skin(rings):
 
 def loft(*sections):
     """Rectangles (z, low x, high x, low y, high y) in order of z, joined into one solid."""
-    return skin(np.array([[(x0, y0, z), (x1, y0, z), (x1, y1, z), (x0, y1, z)] for z, x0, x1, y0, y1 in sections], float))
+    return skin(np.array([[(x0, y0, z), (x1, y0, z), (x1, y1, z), (x0, y1, z)]
+                          for z, x0, x1, y0, y1 in sections], float))
 
 
 def box(size, centre=(0, 0, 0)):
@@ -732,9 +742,9 @@ def merge(*meshes):
 def gripper_mesh():
     """A parallel-jaw gripper with the outer dimensions of the Franka hand, from primitives.
 
-    Returns {"hand": (vertices, faces), "finger": (vertices, faces)}, metres, in the hand frame. "finger" is the left finger
-    at opening 0. At opening w it moves by (0, +w/2, 0), and the right finger is the same mesh turned by 180 degrees about z,
-    then moved by (0, -w/2, 0).
+    Returns {"hand": (vertices, faces), "finger": (vertices, faces)}, metres, in the hand frame. "finger" is the left
+    finger at opening 0. At opening w it moves by (0, +w/2, 0), and the right finger is the same mesh turned by 180
+    degrees about z, then moved by (0, -w/2, 0).
     """
     flange = lathe((0.0315, -0.004), (0.0315, 0.014), segments=16)
     body = loft((-0.012, -0.012, 0.012, -0.097, 0.085), (0.004, -0.022, 0.022, -0.103, 0.097),
@@ -830,7 +840,7 @@ def turn(axis, angle):
 
 
 def hand(tip, forward, closing):
-    """gripper_in_world whose finger pads are centred on `tip`, palm facing along `forward`, fingers moving along `closing`."""
+    """gripper_in_world: finger pads centred on `tip`, palm facing along `forward`, fingers moving along `closing`."""
     z = np.array(forward, float) / np.linalg.norm(forward)
     y = closing - (closing @ z) * z
     y /= np.linalg.norm(y)
@@ -867,14 +877,14 @@ def arm_bodies(arm, color):
     finger = Body(gripper["finger"], plain((0.32, 0.33, 0.36)), label)
     joint = merge(lathe((0.062, -0.075), (0.062, 0.075)))
     return [Body(lathe((0.11, -0.03), (0.11, 0.02), (0.08, 0.05), (0.075, 0.26)), white),
-            Body(joint, dark), Body(capsule(UPPER_ARM, 0.06), stripes(color, (0.93, 0.93, 0.92), 0.19)), Body(joint, dark),
-            Body(capsule(FOREARM, 0.05), white), Body(lathe((0.05, -0.06), (0.05, 0.06)), dark),
+            Body(joint, dark), Body(capsule(UPPER_ARM, 0.06), stripes(color, (0.93, 0.93, 0.92), 0.19)),
+            Body(joint, dark), Body(capsule(FOREARM, 0.05), white), Body(lathe((0.05, -0.06), (0.05, 0.06)), dark),
             Body(lathe((0.048, -0.05), (0.048, 0.05), (0.036, 0.1)), plain(color)),
             Body(gripper["hand"], white, label), finger, finger]
 
 
 def arm_poses(base, gripper_in_world, opening):
-    """Where the links are, as body_in_world (10,4,4): a shoulder, an elbow that points up, and a wrist behind the hand."""
+    """Where the links are, body_in_world (10,4,4): a shoulder, an elbow that points up, and a wrist behind the hand."""
     shoulder = base + 0.333 * UP
     wrist = gripper_in_world[:3, 3] - 0.15 * gripper_in_world[:3, 2]
     reach = np.linalg.norm(wrist - shoulder)
@@ -893,7 +903,7 @@ def arm_poses(base, gripper_in_world, opening):
 
 
 def within(points, half, order):
-    """Whether points (...,d) in a body's frame are inside a box (order inf) or ellipsoid (order 2) of half sizes (d,)."""
+    """Whether points (...,d) in a body's frame lie in a box (order inf) or ellipsoid (order 2) of half sizes (d,)."""
     return np.linalg.norm(points / np.array(half), ord=order, axis=-1) <= 1
 
 
@@ -944,9 +954,9 @@ def cereal_scene(draw):
         x, y, z = transform(object_in_world[:3, 3], invert(shelf))
         return within(np.array([x, y]), (depth / 2, width / 2), np.inf) and z < height / 2
     return SimpleNamespace(
-        fixed=[(Body(shelf_mesh, dark_wood), shelf)], supports=[(shelf, (depth / 2, width / 2), np.inf, height)], done=done,
-        object=Body(box(size), cardboard(front, back), OBJECT), object_in_world=start, solid=(size / 2, np.inf),
-        bases=[np.array([-0.55, 0, 0])], keys=keys)
+        fixed=[(Body(shelf_mesh, dark_wood), shelf)], supports=[(shelf, (depth / 2, width / 2), np.inf, height)],
+        done=done, object=Body(box(size), cardboard(front, back), OBJECT), object_in_world=start,
+        solid=(size / 2, np.inf), bases=[np.array([-0.55, 0, 0])], keys=keys)
 
 
 def spatula_scene(draw):
@@ -987,15 +997,17 @@ def spatula_scene(draw):
         lies = abs(object_in_world[2, 2]) < 0.2 and object_in_world[2, 3] < 0.02
         return lies and np.linalg.norm(object_in_world[:2, 3] - crock[:2, 3]) > radius
     return SimpleNamespace(
-        fixed=[(Body(crock_mesh, stripes(glaze[0], glaze[1], 0.045)), crock)], supports=[(crock, (radius, radius), 2, 0.008)],
-        done=done, object=Body(spatula, paint, OBJECT), object_in_world=start, solid=((0.006, 0.009, length / 2), np.inf),
+        fixed=[(Body(crock_mesh, stripes(glaze[0], glaze[1], 0.045)), crock)],
+        supports=[(crock, (radius, radius), 2, 0.008)], done=done, object=Body(spatula, paint, OBJECT),
+        object_in_world=start, solid=((0.006, 0.009, length / 2), np.inf),
         bases=[np.array([-0.55, 0, 0])], keys=keys)
 
 
 def apple_scene(draw):
     """Task 3: the right arm takes an apple out of a bowl and hands it to the left arm, which drops it into a bin."""
     bowl = pose((draw.uniform(-0.02, 0.1), draw.uniform(-0.32, -0.22), 0))
-    bowl_mesh = lathe((0.045, 0), (0.075, 0.02), (0.092, 0.055), (0.086, 0.055), (0.07, 0.023), (0.042, 0.006), segments=24)
+    bowl_mesh = lathe((0.045, 0), (0.075, 0.02), (0.092, 0.055), (0.086, 0.055), (0.07, 0.023), (0.042, 0.006),
+                      segments=24)
     china = draw.permutation([(0.9, 0.9, 0.95), (0.95, 0.8, 0.5), (0.5, 0.75, 0.8)])
     bin_ = pose((draw.uniform(-0.02, 0.1), draw.uniform(0.25, 0.35), 0), turn("z", draw.uniform(-0.4, 0.4)))
     length, width, height = draw.uniform(0.2, 0.24), draw.uniform(0.17, 0.2), 0.09
@@ -1010,7 +1022,7 @@ def apple_scene(draw):
     start = shift(bowl, (0, 0, 0.006 + radius))
 
     meet = draw.uniform((-0.03, -0.06, 0.24), (0.08, 0.06, 0.32))
-    x_axis = np.array([1.0, 0, 0])                    # the hands meet with crossed fingers: one pair along x, one along z
+    x_axis = np.array([1.0, 0, 0])          # the hands meet with crossed fingers: one pair along x, one along z
     take = hand(start[:3, 3], (draw.uniform(-0.1, 0.1), draw.uniform(0, 0.25), -1), x_axis)
     give, receive = hand(meet, (0.1, 1, -0.25), x_axis), hand(meet, (0.1, -1, -0.25), UP)
     drop = hand(bin_[:3, 3] + 0.14 * UP, (0, 0.1, -1), (0, -1, 0))
@@ -1059,17 +1071,18 @@ def room(draw):
 
 
 def minimum_jerk(keys, draw):
-    """A script [(seconds, {arm: (gripper_in_world, opening)})] played at HZ -> gripper_in_world (T,A,4,4), opening (T,A).
+    """A script [(seconds, {arm: (gripper_in_world, opening)})] at HZ -> gripper_in_world (T,A,4,4), opening (T,A).
 
-    Every key is reached at rest, along s(t) = 10 t^3 - 15 t^4 + 6 t^5, which has the least squared jerk between two rests
-    (Flash and Hogan 1985). The pace, each duration and each key's place vary a little.
+    Every key is reached at rest, along s(t) = 10 t^3 - 15 t^4 + 6 t^5, which has the least squared jerk between two
+    rests (Flash and Hogan 1985). The pace, each duration and each key's place vary a little.
     """
     pace = draw.uniform(0.9, 1.05)
     now = [keys[0][1][arm] for arm in sorted(keys[0][1])]
     poses, openings = [], []
     for seconds, targets in keys:
         target = [targets.get(arm, state) for arm, state in enumerate(now)]
-        target = [(shift(p, draw.normal(0, 0.0015, 3)) if arm in targets else p, w) for arm, (p, w) in enumerate(target)]
+        target = [(shift(p, draw.normal(0, 0.0015, 3)) if arm in targets else p, w)
+                  for arm, (p, w) in enumerate(target)]
         steps = max(1, round(seconds * pace * draw.uniform(0.92, 1.08) * HZ))
         for t in np.arange(1, steps + 1) / steps:
             s = 10 * t**3 - 15 * t**4 + 6 * t**5
@@ -1080,7 +1093,7 @@ def minimum_jerk(keys, draw):
 
 
 class World:
-    """One task's scene and its state: gripper_in_world (A,4,4), opening (A,) m, object_in_world (4,4), and who holds it.
+    """One task's scene and its state: gripper_in_world (A,4,4), opening (A,) m, object_in_world (4,4), who holds it.
 
     world = World(task); world.reset(seed); world.step(gripper_in_world, opening); world.observe(...); world.success()
     """
@@ -1089,15 +1102,15 @@ class World:
         self.task = task
 
     def reset(self, seed):
-        """A new scene: what stands where, its size and its colour are functions of (task, seed). Sets `demonstration`, the
-        scripted gripper_in_world (T,A,4,4) and opening (T,A) that does the task in it."""
+        """A new scene: what stands where, its size and its colour are functions of (task, seed). Sets `demonstration`,
+        the scripted gripper_in_world (T,A,4,4) and opening (T,A) that does the task in it."""
         draw = np.random.default_rng([self.task, seed])
         self.scene = SCENES[self.task](draw)
         self.demonstration = minimum_jerk(self.scene.keys, draw)
         self.gripper_in_world, self.opening = self.demonstration[0][0], self.demonstration[1][0]
         self.gap = self.opening                       # how wide each hand was when it began to close
         self.object_in_world = self.scene.object_in_world
-        self.holders = {}                             # arm -> width between its fingers; the first one carries the object
+        self.holders = {}                             # arm -> width between its fingers; the first carries the object
         self.fixed = room(draw) + self.scene.fixed
         self.cameras = self.still = None              # the last cameras that observed, and what of it does not move
         colors = draw.permutation([(0.9, 0.45, 0.1), (0.15, 0.55, 0.75), (0.45, 0.7, 0.25)])
@@ -1105,7 +1118,7 @@ class World:
         self.lamp = draw.uniform((-0.7, 0.5, 1.7), (0.2, 0.9, 2.1)) * (1, draw.choice([-1, 1]), 1)
 
     def step(self, gripper_in_world, opening):
-        """Move the hands to gripper_in_world (A,4,4) and the fingers to opening (A,) m, as far as the object lets them."""
+        """Move the hands to gripper_in_world (A,4,4), the fingers to opening (A,) m, as far as the object lets them."""
         motion = gripper_in_world @ invert(self.gripper_in_world)               # (A,4,4), in the world
         before, self.opening = self.opening, np.clip(opening, 0, OPEN)
         self.gripper_in_world = np.array(gripper_in_world)
@@ -1179,8 +1192,8 @@ def upright(object_in_world):
 def sample_cameras(draw, tips, size, count=16):
     """Cameras on the paper's half shell, in front of the robot, looking at the middle of the workspace.
 
-    Each has every hand in its picture for more than 85 % of the time. tips (T,A,3): the finger tips in the world. Returns
-    intrinsics (count,3,3) pixels and cam_in_world (count,4,4).
+    Each has every hand in its picture for more than 85 % of the time. tips (T,A,3): the finger tips in the world.
+    Returns intrinsics (count,3,3) pixels and cam_in_world (count,4,4).
     """
     H, W = size
     intrinsics, cam_in_world = [], []
@@ -1215,12 +1228,12 @@ def synthetic_episode(task, seed, out, size, samples):
         raise ValueError(f"the demonstration of task {task} with seed {seed} does not succeed")
     rgb, depth, label = (np.stack(images, 1) for images in zip(*frames))        # (C,T,H,W[,3])
     gripper_in_world, opening = (np.stack(values) for values in zip(*states))
-    save_episode(out, rgb, depth, label, intrinsics, cam_in_world, gripper_in_world, opening, np.arange(len(opening)) / HZ,
-                 dict(task=task, source="synthetic", seed=seed, rate_hz=HZ))
+    save_episode(out, rgb, depth, label, intrinsics, cam_in_world, gripper_in_world, opening,
+                 np.arange(len(opening)) / HZ, dict(task=task, source="synthetic", seed=seed, rate_hz=HZ))
 
 
 def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None, samples=3):
-    """Render `episodes` episodes of a task into out/episode_000, ...; those already there are kept. Returns their number."""
+    """Render `episodes` episodes of a task into out/episode_000, ...; those already there stay. Returns how many."""
     out = Path(out)
     jobs = []
     for number in range(episodes):
@@ -1229,8 +1242,10 @@ def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None, 
             jobs.append((task, episode_seed, folder, size, samples))
             continue
         episode = load_episode(folder)
-        if episode.info["source"] != "synthetic" or episode.info["seed"] != episode_seed or episode.rgb.shape[2:4] != size:
-            raise ValueError(f"{folder} is another episode than the one asked for: choose another --out, or delete {out}")
+        if (episode.info["source"] != "synthetic" or episode.info["seed"] != episode_seed
+                or episode.rgb.shape[2:4] != size):
+            raise ValueError(f"{folder} is another episode than the one asked for: choose another --out, "
+                             f"or delete {out}")
     workers = min(workers or os.cpu_count(), len(jobs))
     progress = tqdm(total=len(jobs), desc=f"rendering synthetic episodes of task {task}", unit="episode")
     if workers <= 1:
@@ -1250,7 +1265,7 @@ def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None, 
 
 HUB_DATASET = "Zeyi/4dgen-dataset"
 NEEDED_FILES = ("observations.npz", "intrinsics.npz", "extrinsics.npz", "actions.npz", "metadata.yaml")
-# A packed episode against its download, at the same image size: the public files are compressed, ours lie open for mapping.
+# A packed episode against its download, at the same image size: public files are compressed, ours lie open for mapping.
 PACKED_GROWTH = 3
 
 
@@ -1270,24 +1285,25 @@ def list_hub_episodes(task):
 def download_episodes(task, out, size, episodes=None, keep_raw=False):
     """Download the first `episodes` public episodes of a task (None: all), one at a time, and pack each at size (H, W).
 
-    Only observations, intrinsics, extrinsics, actions and metadata are fetched, into out/raw, and deleted once packed unless
-    keep_raw. What is packed already is skipped, a broken download goes on where it stopped. Returns the number packed in all.
-    Raises ValueError, in one line, for a hub that can't be reached or read, and before anything is fetched for a full disk.
+    Only observations, intrinsics, extrinsics, actions and metadata are fetched, into out/raw, and deleted once packed
+    unless keep_raw. What is packed already is skipped, a broken download goes on where it stopped. Returns the number
+    packed in all. Raises ValueError, in one line, for a hub that can't be reached or read, and before anything is
+    fetched for a full disk.
     """
     from huggingface_hub import hf_hub_download
     out = Path(out)
 
     def refused(error):             # the client has a dozen error types for "no", "not now" and "not you"
-        return ValueError(f"cannot read {HUB_DATASET} on the hub ({type(error).__name__}): check the network; if it asks for "
-                          f"it, accept the terms at https://huggingface.co/datasets/{HUB_DATASET} and run `hf auth login`; "
-                          "or pass --source FOLDER of a local copy")
+        return ValueError(f"cannot read {HUB_DATASET} on the hub ({type(error).__name__}): check the network; if it "
+                          f"asks for it, accept the terms at https://huggingface.co/datasets/{HUB_DATASET} and run "
+                          "`hf auth login`; or pass --source FOLDER of a local copy")
     try:
         found = list_hub_episodes(task)
     except Exception as error:
         raise refused(error) from None
     if not found:
-        raise ValueError(f"{HUB_DATASET} lists no complete episode under {TASKS[task].folder}: pass --source FOLDER of a "
-                         "local copy")
+        raise ValueError(f"{HUB_DATASET} lists no complete episode under {TASKS[task].folder}: "
+                         "pass --source FOLDER of a local copy")
     name_of = lambda folder: "/".join(folder.split("/")[-4:-1])
     packed = {load_episode(folder).info.get("name") for folder in out.glob("episode_*") if folder.suffix == ""}
     todo = {folder: files for folder, files in list(found.items())[:episodes] if name_of(folder) not in packed}
@@ -1301,8 +1317,8 @@ def download_episodes(task, out, size, episodes=None, keep_raw=False):
     print(f"{HUB_DATASET}, task {task}: {len(found)} episodes, {len(packed)} packed here; {len(todo)} to download, "
           f"{sum(sizes) / 1e9:.2f} GB; on disk at most {needed / 1e9:.2f} GB, about {stays / 1e9:.2f} GB of it to stay")
     if needed > free:
-        raise ValueError(f"{out} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed: give fewer --episodes, "
-                         f"a smaller --size{' or no --keep_raw' * keep_raw}")
+        raise ValueError(f"{out} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed: "
+                         f"give fewer --episodes, a smaller --size{' or no --keep_raw' * keep_raw}")
 
     number = len(packed)
     for folder, files in tqdm(todo.items(), desc="download and pack", unit="episode"):
@@ -1340,7 +1356,8 @@ def preview(data, path, seed=0):
     picture = plt.figure(figsize=(20, 7), layout="constrained")
     grid = picture.add_gridspec(2, 6, width_ratios=[1, 1, 1, 1.1, 1.1, 1.1])
     for view, camera in enumerate(cameras):
-        panels = [("observed", episode.rgb[camera, start]), (f"{(last - start) / episode.rate_hz:g} s later", episode.rgb[camera, last]),
+        panels = [("observed", episode.rgb[camera, start]),
+                  (f"{(last - start) / episode.rate_hz:g} s later", episode.rgb[camera, last]),
                   ("grippers red, blue; object green", label_colors[episode.label[camera, start]]),
                   ("depth, m", np.where(valid[view], own[view, ..., 2], np.nan))]
         for column, (title, shown) in enumerate(panels):
@@ -1385,8 +1402,10 @@ def prepare(task, out, source="synthetic", size=(64, 80), episodes=None, seed=0,
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--task", type=int, default=1, choices=TASKS, help="; ".join(f"{k} {t.name}" for k, t in TASKS.items()))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--task", type=int, default=1, choices=TASKS,
+                        help="; ".join(f"{k} {t.name}" for k, t in TASKS.items()))
     parser.add_argument("--source", default="synthetic", help="synthetic, hub, or a folder of recorded episodes")
     parser.add_argument("--out", help="folder of the packed episodes [data/task_N]")
     parser.add_argument("--size", type=parse_size, default=(64, 80), help="HEIGHTxWIDTH in pixels of what is packed")
@@ -1394,7 +1413,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic episodes")
     parser.add_argument("--workers", type=int, help="processes that render [one a core]")
     parser.add_argument("--keep_raw", action="store_true", help="hub: keep what was downloaded, in OUT/raw")
-    parser.add_argument("--preview", action="store_true", help="write OUT/preview.png; makes the data first if there is none")
+    parser.add_argument("--preview", action="store_true",
+                        help="write OUT/preview.png; makes the data first if there is none")
     args = parser.parse_args()
     out = Path(args.out or f"data/task_{args.task}")
     if not (args.preview and any(out.glob("*/episode.json"))):
