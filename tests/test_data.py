@@ -1,5 +1,5 @@
-"""Geometry, recorded episodes, packing and clips (data.py). tests/data/recorded holds one recorded episode of task 1 in the public
-layout: two cameras, 11 frames at 2 Hz, 128 x 160 pixels, MuJoCo physics."""
+"""Geometry, recorded episodes, packing and clips (data.py). tests/data/recorded holds one recorded episode of task 1 in
+the public layout: two cameras, 11 frames at 2 Hz, 128 x 160 pixels, MuJoCo physics."""
 import json
 import shutil
 import subprocess
@@ -99,7 +99,7 @@ def test_rotation_from_6d():
 # ---- recorded episodes
 
 def test_recorded_clouds_of_two_cameras_agree_in_the_world(packed):
-    """What stands on the table, seen by both cameras: the nearest neighbours are closer than the pixels (7 mm) are apart."""
+    """What stands on the table, seen by both cameras: nearest neighbours are closer than the pixels (7 mm) are apart."""
     episode = D.load_episode(D.episode_folders(packed)[0])
     worlds = []
     for camera in range(2):
@@ -116,7 +116,7 @@ def test_recorded_clouds_of_two_cameras_agree_in_the_world(packed):
 
 
 def test_recorded_points_of_one_view_land_on_the_other(packed):
-    """transform(unproject(view m)) projected into view n meets the depth that n measured there, where nothing is in between."""
+    """transform(unproject(view m)) projected into view n meets the depth n measured there, where nothing is between."""
     episode = D.load_episode(D.episode_folders(packed)[0])
     m_points, m_valid = D.point_maps(episode.depth[1, 0] / 1000, episode.intrinsics[1])
     m_in_n = D.invert(episode.cam_in_world[0, 0]) @ episode.cam_in_world[1, 0]
@@ -168,7 +168,8 @@ def break_file(folder, name, **changes):
     (lambda f: (f / "extrinsics.npz").unlink(), "extrinsics.npz is missing"),
     (lambda f: (f / "intrinsics.npz").write_bytes(b"PK nonsense"), "damaged"),
     (lambda f: break_file(f, "observations.npz", scene_3_depth=None), "no array 'scene_3_depth'"),
-    (lambda f: break_file(f, "observations.npz", scene_8_label=np.zeros((11, 4, 4))), "'scene_8_label' has shape (11, 4, 4)"),
+    (lambda f: break_file(f, "observations.npz", scene_8_label=np.zeros((11, 4, 4))),
+     "'scene_8_label' has shape (11, 4, 4)"),
     (lambda f: break_file(f, "observations.npz", scene_8=None), "has 1 cameras"),
 ])
 def test_damaged_recordings_are_named(tmp_path, damage, says):
@@ -186,7 +187,8 @@ def test_commands_fail_in_one_line(tmp_path):
                             (["--source", str(tmp_path)], "holds no processed/observations.npz"),
                             (["--source", str(RECORDED), "--task", "2"], "of task 2"),
                             (["--size", "64"], "HEIGHTxWIDTH")):
-        run = subprocess.run([sys.executable, ROOT / "data.py", "--out", tmp_path / "out", *arguments], capture_output=True, text=True)
+        run = subprocess.run([sys.executable, ROOT / "data.py", "--out", tmp_path / "out", *arguments],
+                             capture_output=True, text=True)
         assert run.returncode and says in run.stderr and "Traceback" not in run.stderr
 
 
@@ -215,7 +217,7 @@ def test_a_clip_is_what_it_says(packed):
     assert clip["rgb"].shape == clip["points"].shape == (2, 11, 3, *SIZE) and clip["valid"].shape == (2, 11, *SIZE)
     assert clip["gripper"].shape == (2, 11, *SIZE, 2) and clip["gripper_in_ref"].shape == (11, 2, 4, 4)
     assert torch.allclose(clip["view_in_ref"][0], torch.eye(4), atol=1e-6)
-    # the reference's points are its own; the other view's own points, moved by its pose, are its points in the reference
+    # the reference's points are its own; the other view's own points, moved by its pose, are its points in reference
     assert torch.allclose(clip["points"][0, 0], clip["own_points"][0], atol=1e-5)
     own = D.denormalize_points(clip["own_points"][1]).permute(1, 2, 0)
     moved = D.transform(own, clip["view_in_ref"][1]).permute(2, 0, 1)
@@ -236,8 +238,8 @@ def test_static_clips_are_left_out(packed, tmp_path):
     episode = D.load_episode(D.episode_folders(packed)[0])
     still = np.repeat(episode.gripper_in_world[:1], 11, axis=0)
     assert D.moving_starts(episode, 10) == [0]
-    arguments = [episode.rgb, episode.depth, episode.label, episode.intrinsics, episode.cam_in_world, still, episode.gripper_opening,
-                 episode.time, episode.info]
+    arguments = [episode.rgb, episode.depth, episode.label, episode.intrinsics, episode.cam_in_world, still,
+                 episode.gripper_opening, episode.time, episode.info]
     D.save_episode(tmp_path / "episode_000", *arguments)
     with pytest.raises(ValueError, match="moving clip"):
         D.Clips(tmp_path, "train", SIZE)
@@ -247,8 +249,8 @@ def test_recordings_at_10_hz_are_strided(packed, tmp_path):
     episode = D.load_episode(D.episode_folders(packed)[0])
     slow = [np.repeat(x, 5, axis=axis) for x, axis in ((episode.rgb, 1), (episode.depth, 1), (episode.label, 1))]
     D.save_episode(tmp_path / "episode_000", *slow, episode.intrinsics, np.repeat(episode.cam_in_world, 5, 1),
-                   np.repeat(episode.gripper_in_world, 5, 0), np.repeat(episode.gripper_opening, 5, 0), np.arange(55) / 10,
-                   dict(episode.info, rate_hz=10))
+                   np.repeat(episode.gripper_in_world, 5, 0), np.repeat(episode.gripper_opening, 5, 0),
+                   np.arange(55) / 10, dict(episode.info, rate_hz=10))
     starts = D.moving_starts(D.load_episode(tmp_path / "episode_000"), 10)
     assert starts == [0, 1, 2, 3, 4]
     fast, slow = (D.read_clip(D.load_episode(folder), 0, [0, 1], range(10), SIZE)
@@ -274,7 +276,8 @@ def test_preview_is_a_picture(packed, tmp_path):
 
 
 def test_command_packs_and_previews(tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "data.py", "--source", RECORDED, "--out", tmp_path / "d", "--size", "64x80", "--preview"],
-                         capture_output=True, text=True)
+    run = subprocess.run([sys.executable, ROOT / "data.py", "--source", RECORDED, "--out", tmp_path / "d",
+                          "--size", "64x80", "--preview"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert (tmp_path / "d" / "preview.png").exists() and json.loads((tmp_path / "d" / "episode_000" / "episode.json").read_text())["task"] == 1
+    assert ((tmp_path / "d" / "preview.png").exists()
+            and json.loads((tmp_path / "d" / "episode_000" / "episode.json").read_text())["task"] == 1)
