@@ -20,7 +20,8 @@ import vae as V
 
 ROOT = Path(__file__).parent.parent
 RECORDED = Path(__file__).parent / "data" / "recorded"
-TINY = ["--preset", "tiny", "--single", "0.5", "--single_batch", "2", "--batch", "1", "--eval_clips", "1", "--warmup", "2", "--seed", "3"]
+TINY = ["--preset", "tiny", "--single", "0.5", "--single_batch", "2", "--batch", "1", "--eval_clips", "1",
+        "--warmup", "2", "--seed", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def run(stage_one, out, *arguments, processes=1, check=True, environment=None):
     command = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                        "--nproc_per_node", str(processes)]
     command += [ROOT / "train.py", "--data", data, "--vae", vae, "--out", out, *TINY, *arguments]
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert not check or result.returncode == 0, result.stderr[-2000:]
     return result
 
@@ -69,7 +71,8 @@ def test_invalid_pixels_have_no_gradient():
     D_x = torch.randn(1, 2, 2, 1, 4, 2, 2, requires_grad=True)
     valid = torch.ones(1, 2, 1, 2, 2)
     valid[..., 0, 0] = 0
-    loss, _ = T.diffusion_loss(D_x, torch.zeros_like(D_x), torch.ones(1), torch.zeros(1, 2, 1, 2, 2, dtype=torch.bool), valid, 1.0, 1.0)
+    loss, _ = T.diffusion_loss(D_x, torch.zeros_like(D_x), torch.ones(1),
+                               torch.zeros(1, 2, 1, 2, 2, dtype=torch.bool), valid, 1.0, 1.0)
     loss.sum().backward()
     assert (D_x.grad[:, :, 1, ..., 0, 0] == 0).all() and (D_x.grad[:, :, 0, ..., 0, 0] != 0).all()
 
@@ -78,7 +81,8 @@ def test_cell_masks():
     mask = torch.zeros(1, 1, 1, 64, 80, dtype=torch.bool)
     mask[..., 20, 41] = True                                        # cell (2, 5)
     cells = T.cell_mask(mask, 8)
-    assert cells.shape == (1, 1, 1, 8, 10) and cells[0, 0, 0].nonzero().tolist() == [[r, c] for r in (1, 2, 3) for c in (4, 5, 6)]
+    assert (cells.shape == (1, 1, 1, 8, 10)
+            and cells[0, 0, 0].nonzero().tolist() == [[r, c] for r in (1, 2, 3) for c in (4, 5, 6)])
     assert T.cell_valid(mask, 8)[0, 0, 0, 2, 5] == 1 / 64
 
 
@@ -144,11 +148,13 @@ def whole_run(stage_one, tmp_path_factory):
 
 
 def test_a_run_leaves_weights_log_and_pictures(whole_run):
-    for name in ("model.safetensors", "model.json", "resume.safetensors", "loss.png", "sheet_000010.png", "sheet_000020.png"):
+    for name in ("model.safetensors", "model.json", "resume.safetensors", "loss.png",
+                 "sheet_000010.png", "sheet_000020.png"):
         assert (whole_run / name).stat().st_size > 0, name
     lines = [json.loads(line) for line in (whole_run / "log.jsonl").read_text().splitlines()]
     assert {"torch", "device", "args"} <= set(lines[0])
-    assert any(line.get("step") == 20 and "loss" in line for line in lines) and any("abs_rel_m" in line for line in lines)
+    assert (any(line.get("step") == 20 and "loss" in line for line in lines)
+            and any("abs_rel_m" in line for line in lines))
 
 
 def test_ten_and_ten_steps_are_twenty_bit_for_bit(stage_one, whole_run, tmp_path):
@@ -163,7 +169,8 @@ def test_ten_and_ten_steps_are_twenty_bit_for_bit(stage_one, whole_run, tmp_path
 
 def test_changed_settings_of_a_resumed_run_are_told(stage_one, tmp_path):
     run(stage_one, tmp_path, "--steps", "2")
-    assert "changed settings: steps 2 -> 3, lr 0.002 -> 0.001" in run(stage_one, tmp_path, "--steps", "3", "--lr", "0.001").stdout
+    assert ("changed settings: steps 2 -> 3, lr 0.002 -> 0.001"
+            in run(stage_one, tmp_path, "--steps", "3", "--lr", "0.001").stdout)
 
 
 def test_two_processes_equal_accumulation(stage_one, tmp_path):
@@ -173,20 +180,22 @@ def test_two_processes_equal_accumulation(stage_one, tmp_path):
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     worst = max((one[key] - two[key]).abs().max().item() for key in one if key.startswith("model."))
     assert worst < 1e-4
-    moved = max((one[key] - value).abs().max().item() for key, value in weights(tmp_path / "one").items() if "exp_avg" in key)
+    moved = max((one[key] - value).abs().max().item()
+                for key, value in weights(tmp_path / "one").items() if "exp_avg" in key)
     assert moved == 0
 
 
 def test_killed_at_any_moment_it_leaves_something_to_go_on_from(stage_one, tmp_path):
     data, vae = stage_one
-    command = [sys.executable, ROOT / "train.py", "--data", data, "--vae", vae, "--out", tmp_path, *TINY, "--steps", "200",
-               "--save_every", "1", "--eval_every", "1000"]
+    command = [sys.executable, ROOT / "train.py", "--data", data, "--vae", vae, "--out", tmp_path, *TINY,
+               "--steps", "200", "--save_every", "1", "--eval_every", "1000"]
     last = 0
     for wait in (0.3, 0.7, 1.1):                                    # seconds after the first save of each attempt
         process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         file, before = tmp_path / "resume.safetensors", time.time()
         stamp = file.stat().st_mtime_ns if file.exists() else None
-        while (not file.exists() or file.stat().st_mtime_ns == stamp) and process.poll() is None and time.time() - before < 60:
+        while ((not file.exists() or file.stat().st_mtime_ns == stamp)
+               and process.poll() is None and time.time() - before < 60):
             time.sleep(0.02)
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
@@ -201,7 +210,8 @@ def test_killed_at_any_moment_it_leaves_something_to_go_on_from(stage_one, tmp_p
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(stage_one, tmp_path):
     data, vae = stage_one
-    command = [sys.executable, "-u", ROOT / "train.py", "--data", data, "--vae", vae, "--out", tmp_path, *TINY, "--steps", "400"]
+    command = [sys.executable, "-u", ROOT / "train.py", "--data", data, "--vae", vae, "--out", tmp_path, *TINY,
+               "--steps", "400"]
     process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "step 0 to 400" not in process.stdout.readline():
         assert process.poll() is None
@@ -214,8 +224,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(stage_one, tmp_path):
 
 def test_sample_command_runs_on_what_training_left(stage_one, whole_run, tmp_path):
     data, _ = stage_one
-    result = subprocess.run([sys.executable, ROOT / "sample.py", "--run", whole_run, "--data", data, "--steps", "2", "--out", tmp_path / "s",
-                             "--ply"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, ROOT / "sample.py", "--run", whole_run, "--data", data, "--steps", "2",
+                             "--out", tmp_path / "s", "--ply"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "recovered camera pose is off by" in result.stdout
     with np.load(tmp_path / "s" / "prediction.npz", allow_pickle=False) as prediction:
@@ -223,7 +233,8 @@ def test_sample_command_runs_on_what_training_left(stage_one, whole_run, tmp_pat
         assert prediction["true_gripper_in_ref"].shape == (11, 2, 4, 4) and prediction["view_in_ref"].shape == (2, 4, 4)
 
 
-@pytest.mark.parametrize("switches", [["--mv_attention", "none"], ["--rgb_only"], ["--rgb_only", "--mv_attention", "rgb"]])
+@pytest.mark.parametrize("switches", [["--mv_attention", "none"], ["--rgb_only"],
+                                      ["--rgb_only", "--mv_attention", "rgb"]])
 def test_ablations_train_and_sample(stage_one, tmp_path, switches):
     run(stage_one, tmp_path, "--steps", "2", "--eval_every", "2", *switches)
     model, vaes, _ = S.load_run(tmp_path)
@@ -232,7 +243,8 @@ def test_ablations_train_and_sample(stage_one, tmp_path, switches):
 
 def test_three_views_train(stage_one, tmp_path):
     result = run(stage_one, tmp_path, "--views", "3", "--steps", "2", check=False)
-    assert result.returncode and "2 cameras" in result.stderr and "Traceback" not in result.stderr     # the episode has only two
+    # the episode has only two
+    assert result.returncode and "2 cameras" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_dry_run_prints_and_writes_nothing(stage_one, tmp_path):
