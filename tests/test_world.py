@@ -1,4 +1,4 @@
-"""The synthetic world: its pictures agree with each other, its demonstrations do the task, and success means something."""
+"""The synthetic world: its pictures agree with each other, its demonstrations do the task, success means something."""
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -39,7 +39,8 @@ def replayed(task, seed, change):
 
 
 def two_cameras(size=(128, 160)):
-    cam_in_world = np.stack([data.look_at((0.55, 0.35, 0.8), (0, 0, 0.1)), data.look_at((0.3, -0.4, 0.95), (0, 0, 0.1))])
+    cam_in_world = np.stack([data.look_at((0.55, 0.35, 0.8), (0, 0, 0.1)),
+                             data.look_at((0.3, -0.4, 0.95), (0, 0, 0.1))])
     intrinsics = np.array([[0.8 * size[1], 0, (size[1] - 1) / 2], [0, 0.8 * size[1], (size[0] - 1) / 2], [0, 0, 1]])
     return np.stack([intrinsics, intrinsics]), cam_in_world, size
 
@@ -73,7 +74,8 @@ def test_labels_are_where_the_hand_and_the_object_are(task):
     points = data.transform(data.unproject(depth, intrinsics), cam_in_world)
     bounds = {data.OBJECT: (world.object_in_world, *(f(world.scene.object.mesh[0], axis=0) for f in (np.min, np.max)))}
     for arm, pose in enumerate(world.gripper_in_world):
-        bounds[(data.RIGHT_GRIPPER, data.LEFT_GRIPPER)[arm]] = pose, (-0.0316, -0.1035, -0.013), (0.0316, 0.1035, 0.1064)
+        bounds[(data.RIGHT_GRIPPER, data.LEFT_GRIPPER)[arm]] = (
+            pose, (-0.0316, -0.1035, -0.013), (0.0316, 0.1035, 0.1064))
     assert set(np.unique(label)) == {data.OTHER, *bounds}
     for number, (pose, low, high) in bounds.items():
         local = data.transform(points[label == number], data.invert(pose))
@@ -86,10 +88,11 @@ def test_what_does_not_move_may_be_drawn_before():
     world = played(3, 2, 40)
     cameras = two_cameras((64, 80))
     world.observe(*cameras)
-    world.step(*(values[55] for values in world.demonstration))                 # the arms of frame 40 must not stay in it
+    world.step(*(values[55] for values in world.demonstration))             # the arms of frame 40 must not stay in it
     quick = world.observe(*cameras)
     bodies = [world.scene.object, *sum(world.arms, [])]
-    poses = [[world.object_in_world], *(data.arm_poses(*arm) for arm in zip(world.scene.bases, world.gripper_in_world, world.opening))]
+    poses = [[world.object_in_world],
+             *(data.arm_poses(*arm) for arm in zip(world.scene.bases, world.gripper_in_world, world.opening))]
     fixed, fixed_poses = zip(*world.fixed)
     whole = data.render(bodies + list(fixed), np.concatenate(poses + [fixed_poses]), *cameras, world.lamp)
     np.testing.assert_array_equal(quick[1], whole[1])
@@ -144,9 +147,10 @@ def test_demonstrations_are_smooth_and_of_the_right_length(task):
         world = data.World(task)
         world.reset(seed)
         grippers, openings = world.demonstration
-        assert 51 <= len(grippers) <= 80 and grippers.shape[1:] == (data.TASKS[task].name.startswith("PlaceApple") + 1, 4, 4)
-        np.testing.assert_allclose(grippers[..., :3, :3] @ grippers[..., :3, :3].mT, np.broadcast_to(np.eye(3), (*openings.shape, 3, 3)),
-                                   atol=1e-9)
+        assert (51 <= len(grippers) <= 80
+                and grippers.shape[1:] == (data.TASKS[task].name.startswith("PlaceApple") + 1, 4, 4))
+        np.testing.assert_allclose(grippers[..., :3, :3] @ grippers[..., :3, :3].mT,
+                                   np.broadcast_to(np.eye(3), (*openings.shape, 3, 3)), atol=1e-9)
         assert np.linalg.norm(np.diff(grippers[..., :3, 3], axis=0), axis=-1).max() < 0.12      # 1.2 m/s
         assert openings.min() >= 0 and openings.max() <= data.OPEN
         world.reset(seed)
@@ -197,7 +201,7 @@ def test_things_rest_on_what_is_below_them():
             world.reset(seed)
             before = world.object_in_world.copy()
             world.step(world.gripper_in_world, world.opening)
-            np.testing.assert_allclose(world.object_in_world, before, atol=1e-9)  # on the shelf, in the crock, in the bowl
+            np.testing.assert_allclose(world.object_in_world, before, atol=1e-9)    # on the shelf, in crock or bowl
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -218,7 +222,7 @@ def test_cameras(task):
 
 
 def test_episodes_on_disk(tmp_path):
-    """Packed like recorded ones, the same from any number of processes; what is there is kept, what does not fit is named."""
+    """Packed like recorded ones, the same from any number of processes; what is there is kept, what misfits is named."""
     size = (16, 20)
     assert data.make_synthetic(1, tmp_path / "a", episodes=1, size=size, seed=1, workers=1, samples=1) == 1
     assert data.make_synthetic(1, tmp_path / "b", episodes=2, size=size, seed=1, workers=2, samples=1) == 2
@@ -229,7 +233,7 @@ def test_episodes_on_disk(tmp_path):
     assert (C, A) == (16, 1) and a.rgb.shape == (C, T, *size, 3) and a.depth.shape == a.label.shape == (C, T, *size)
     assert a.depth.dtype == np.uint16 and a.rate_hz == 10 and a.info["source"] == "synthetic"
     other = data.load_episode(tmp_path / "b" / "episode_001")
-    assert not np.allclose(other.cam_in_world[:, 0], a.cam_in_world[:, 0])       # cameras are drawn anew for each episode
+    assert not np.allclose(other.cam_in_world[:, 0], a.cam_in_world[:, 0])      # cameras are drawn anew per episode
     assert data.Clips(tmp_path / "b", "train", size)[0]["rgb"].shape == (2, 11, 3, *size)
 
     stamp = (tmp_path / "a" / "episode_000" / "rgb.npy").stat().st_mtime_ns
