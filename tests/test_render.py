@@ -115,8 +115,8 @@ def test_nothing_in_view():
 def test_primitives_are_closed_and_point_outward():
     """Every edge of a solid is shared by two faces in opposite directions, and its signed volume is positive."""
     gripper = data.gripper_mesh()
-    for vertices, faces in (data.box((1, 2, 3)), data.capsule(0.4, 0.1), ball(1, 8, 12), data.lathe((1, 0), (1, 1), (0.9, 1), (0.9, 0.1)),
-                            gripper["hand"], gripper["finger"]):
+    for vertices, faces in (data.box((1, 2, 3)), data.capsule(0.4, 0.1), ball(1, 8, 12),
+                            data.lathe((1, 0), (1, 1), (0.9, 1), (0.9, 0.1)), gripper["hand"], gripper["finger"]):
         edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
         there, back = (set(map(tuple, e)) for e in (edges, edges[:, ::-1]))
         assert there == back and len(there) == len(edges)
@@ -144,7 +144,8 @@ def test_mesh_files(tmp_path):
     binary = b"solid of a binary kind".ljust(80) + struct.pack("<I", len(triangles))
     binary += b"".join(struct.pack("<12fH", 0, 0, 0, *t.ravel(), 0) for t in triangles)
     (tmp_path / "binary.stl").write_bytes(binary)
-    ascii_ = "\n".join(["solid box"] + ["facet normal 0 0 0\nouter loop\n" + "".join(f"vertex {x} {y} {z}\n" for x, y, z in t)
+    ascii_ = "\n".join(["solid box"] + ["facet normal 0 0 0\nouter loop\n"
+                                        + "".join(f"vertex {x} {y} {z}\n" for x, y, z in t)
                                         + "endloop\nendfacet" for t in triangles] + ["endsolid"])
     (tmp_path / "ascii.STL").write_text(ascii_)
     for name in ("binary.stl", "ascii.STL"):
@@ -155,8 +156,9 @@ def test_mesh_files(tmp_path):
 
 @pytest.mark.parametrize("name, content", [
     ("none.obj", None), ("empty.obj", b""), ("points.obj", b"v 0 0 0\nv 1 0 0\n"), ("far.obj", b"v 0 0 0\nf 1 2 3\n"),
-    ("word.obj", b"v a b c\nf 1 1 1\n"), ("cut.stl", bytes(80) + struct.pack("<I", 7) + bytes(100)), ("noise.stl", bytes(range(256))),
-    ("hand.ply", b"ply\n"), ("nan.obj", b"v nan 0 0\nv 1 0 0\nv 1 1 0\nf 1 2 3\n"), ("zero.stl", bytes(84))])
+    ("word.obj", b"v a b c\nf 1 1 1\n"), ("cut.stl", bytes(80) + struct.pack("<I", 7) + bytes(100)),
+    ("noise.stl", bytes(range(256))), ("hand.ply", b"ply\n"),
+    ("nan.obj", b"v nan 0 0\nv 1 0 0\nv 1 1 0\nf 1 2 3\n"), ("zero.stl", bytes(84))])
 def test_bad_mesh_files_are_named_in_one_line(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
