@@ -17,7 +17,7 @@ import data
 
 
 def film(task, seed, size, samples, frames):
-    """Film the first frames of a demonstration with 16 cameras; returns RGB-D-label pictures, wall seconds, CPU seconds."""
+    """Film a demonstration's first frames with 16 cameras; returns RGB-D-label pictures, wall seconds, CPU seconds."""
     world = data.World(task)
     world.reset(seed)
     grippers, openings = world.demonstration
@@ -72,12 +72,17 @@ def replay(task, seed, metres=0.0, degrees=0.0, stride=1):
 def replay_all(seeds):
     print(f"replayed demonstrations that succeed, of {seeds} a task (tasks 1, 2, 3)")
     for text, arguments in {
-            "as recorded, 10 Hz": dict(), "as recorded, every 5th frame (2 Hz)": dict(stride=5),
-            "5 mm, 3 degrees, 10 Hz": dict(metres=0.005, degrees=3), "5 mm, 3 degrees, 2 Hz": dict(metres=0.005, degrees=3, stride=5),
-            "1 cm, 5 degrees, 10 Hz": dict(metres=0.01, degrees=5), "2 cm, 5 degrees, 10 Hz": dict(metres=0.02, degrees=5),
-            "5 cm, 3 degrees, 10 Hz": dict(metres=0.05, degrees=3), "5 cm, 3 degrees, 2 Hz": dict(metres=0.05, degrees=3, stride=5),
+            "as recorded, 10 Hz": dict(),
+            "as recorded, every 5th frame (2 Hz)": dict(stride=5),
+            "5 mm, 3 degrees, 10 Hz": dict(metres=0.005, degrees=3),
+            "5 mm, 3 degrees, 2 Hz": dict(metres=0.005, degrees=3, stride=5),
+            "1 cm, 5 degrees, 10 Hz": dict(metres=0.01, degrees=5),
+            "2 cm, 5 degrees, 10 Hz": dict(metres=0.02, degrees=5),
+            "5 cm, 3 degrees, 10 Hz": dict(metres=0.05, degrees=3),
+            "5 cm, 3 degrees, 2 Hz": dict(metres=0.05, degrees=3, stride=5),
             }.items():
-        print(f"{text:38}", *(f"{sum(replay(task, seed, **arguments) for seed in range(seeds)):3d}" for task in data.TASKS))
+        print(f"{text:38}", *(f"{sum(replay(task, seed, **arguments) for seed in range(seeds)):3d}"
+                              for task in data.TASKS))
 
 
 if __name__ == "__main__":
