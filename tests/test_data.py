@@ -99,7 +99,7 @@ def test_rotation_from_6d():
 # ---- recorded episodes
 
 def test_recorded_clouds_of_two_cameras_agree_in_the_world(packed):
-    """What stands on the table, seen by both cameras: nearest neighbours are closer than the pixels (7 mm) are apart."""
+    """What stands on the table, seen by both cameras: nearest neighbours are closer than pixels (7 mm) are apart."""
     episode = D.load_episode(D.episode_folders(packed)[0])
     worlds = []
     for camera in range(2):
