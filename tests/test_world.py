@@ -222,7 +222,7 @@ def test_cameras(task):
 
 
 def test_episodes_on_disk(tmp_path):
-    """Packed like recorded ones, the same from any number of processes; what is there is kept, what misfits is named."""
+    """Packed like recorded ones, the same from any number of processes; what is there stays, what misfits is named."""
     size = (16, 20)
     assert data.make_synthetic(1, tmp_path / "a", episodes=1, size=size, seed=1, workers=1, samples=1) == 1
     assert data.make_synthetic(1, tmp_path / "b", episodes=2, size=size, seed=1, workers=2, samples=1) == 2
