@@ -98,6 +98,7 @@ def test_plain_svd_equals_the_reference_pipeline(hub_folder, monkeypatch):
     """Guidance over frames, conditions, Euler steps, decoding in chunks: as in diffusers, where it is installed."""
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
+    from PIL import Image                                   # comes with imageio
     monkeypatch.setattr(M, "NOISE_AUGMENTATION", 0.0)
     unet = diffusers.UNetSpatioTemporalConditionModel.from_pretrained(hub_folder, subfolder="unet").double()
     vae = diffusers.AutoencoderKLTemporalDecoder.from_pretrained(hub_folder, subfolder="vae").double()
@@ -109,14 +110,14 @@ def test_plain_svd_equals_the_reference_pipeline(hub_folder, monkeypatch):
         timestep_spacing="leading", timestep_type="continuous", steps_offset=1, use_karras_sigmas=True)
     pipeline = diffusers.StableVideoDiffusionPipeline(vae, clip, unet, scheduler, transformers.CLIPImageProcessor())
     pipeline.set_progress_bar_config(disable=True)
-    image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    image = np.random.default_rng(1).integers(0, 256, (64, 96, 3)).astype(np.uint8)
     start = torch.randn(1, 3, 4, 16, 24, generator=torch.Generator().manual_seed(2))     # as sample_latents draws it
-    theirs = pipeline(image, height=64, width=96, num_frames=3, num_inference_steps=4, fps=7, motion_bucket_id=127,
+    theirs = pipeline(Image.fromarray(image), height=64, width=96, num_frames=3, num_inference_steps=4, fps=7, motion_bucket_id=127,
                       noise_aug_strength=0.0, decode_chunk_size=2, latents=start.double(), output_type="pt").frames[0]
 
     model, vaes, clip = S.load_svd(hub_folder, dtype=torch.float64)
-    # the pipeline's feature extractor goes through [0, 1] and back, ours takes [-1, 1]
-    rgb, _ = S.sample_views(model, vaes, clip, 2 * image[None] - 1, None, frames=3, steps=4, guidance=3.0, chunk=2,
+    ours = torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1)[None, None]
+    rgb, _ = S.sample_views(model, vaes, clip, ours, None, frames=3, steps=4, guidance=3.0, chunk=2,
                             generator=torch.Generator().manual_seed(2))
     assert (theirs - (rgb[0, 0] + 1) / 2).abs().max() < 1e-4
 
