@@ -1416,6 +1416,9 @@ def main():
     parser.add_argument("--preview", action="store_true",
                         help="write OUT/preview.png; makes the data first if there is none")
     args = parser.parse_args()
+    for flag in ("episodes", "workers"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
     out = Path(args.out or f"data/task_{args.task}")
     if not (args.preview and any(out.glob("*/episode.json"))):
         count = prepare(args.task, out, args.source, args.size, args.episodes, args.seed, args.workers, args.keep_raw)

@@ -56,7 +56,7 @@ class Preset:
     clip: dict = None                  # None: one learned token stands in for the image embedding
     view_heads: int = 8                # heads of the cross-view attention
     view_head_dim: int = 64            # channels a head
-    view_norm: bool = True             # LayerNorm and sine positions in front of it; the released checkpoints lack both
+    view_norm: bool = True             # LayerNorm and sine positions in front of it
 
 
 def unet_config(channels, heads, layers, latent_channels, context, groups, attention_levels):

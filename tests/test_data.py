@@ -186,6 +186,7 @@ def test_commands_fail_in_one_line(tmp_path):
     for arguments, says in ((["--source", str(tmp_path / "nowhere")], "no such folder"),
                             (["--source", str(tmp_path)], "holds no processed/observations.npz"),
                             (["--source", str(RECORDED), "--task", "2"], "of task 2"),
+                            (["--episodes", "-1"], "--episodes must be at least 1"),
                             (["--size", "64"], "HEIGHTxWIDTH")):
         run = subprocess.run([sys.executable, ROOT / "data.py", "--out", tmp_path / "out", *arguments],
                              capture_output=True, text=True)
