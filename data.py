@@ -921,16 +921,16 @@ OPEN, SHUT = 0.08, 0.0      # metres between the fingers; SHUT closes on whateve
 
 def cereal_scene(draw):
     """Task 1: a box stands on a shelf; the arm takes it from there and stores it below the shelf."""
-    height, depth, width = draw.uniform(0.28, 0.31), 0.22, 0.36
+    height, depth, width = draw.uniform(0.28, 0.31), 0.18, 0.36
     shelf = pose((draw.uniform(0.14, 0.2), draw.uniform(-0.12, 0.12), 0), turn("z", draw.uniform(-0.6, 0.6)))
-    legs = [box((0.02, 0.02, height), (x, y, height / 2)) for x in (-0.1, 0.1) for y in (-0.17, 0.17)]
+    legs = [box((0.02, 0.02, height), (x, y, height / 2)) for x in (-0.08, 0.08) for y in (-0.17, 0.17)]
     shelf_mesh = merge(box((depth, width, 0.016), (0, 0, height - 0.008)), *legs)
     dark_wood = wood(np.array((0.45, 0.28, 0.17)) * draw.uniform(0.8, 1.1), 0.06)
     size = np.array([0.1, 0.045, 0.15]) * draw.uniform(0.9, 1.1, 3)
     front, back = draw.permutation([(0.85, 0.15, 0.1), (0.1, 0.35, 0.8), (0.95, 0.75, 0.1), (0.1, 0.6, 0.3)])[:2]
     start = shelf @ pose((draw.uniform(-0.05, -0.02), draw.uniform(-0.1, 0.1), height + size[2] / 2),
                          turn("z", draw.uniform(-0.15, 0.15)))
-    end = shelf @ pose((draw.uniform(0.02, 0.05), draw.uniform(-0.05, 0.05), size[2] / 2))
+    end = shelf @ pose((draw.uniform(-0.06, -0.03), draw.uniform(-0.05, 0.05), size[2] / 2))
 
     pitch = draw.uniform(0.15, 0.35)                                            # from the front, a little from above
     grip = hand((-size[0] / 2 + 0.027, 0, 0.01), (np.cos(pitch), 0, -np.sin(pitch)), (0, 1, 0))  # gripper_in_object

@@ -36,18 +36,21 @@ from data import (RIGHT_GRIPPER, LEFT_GRIPPER, OBJECT, gripper_mesh, invert, loa
 
 STROKE = 0.08               # m, the widest opening
 MAX_SPEED = 0.6             # m/s, how far the hand can get between two frames
-FAN = np.radians(35)        # how much the search turns the hand about each of its axes (90 degrees/s are 45 at 2 Hz)
 AGREE = 0.015               # m along the ray, a model point and the measured one are the same surface
 STILL = 0.015               # m along the ray, a pixel that changed less since the observed frame shows scenery
 NOISY = 0.002               # m, above this the depth is a generator's: normals of it mean little, edges are blurred
-COARSE = 0.006              # m, of a pixel on the hand
+COARSE = 0.004              # m, of a pixel on the hand
 OCCLUDED = 0.025            # m, what lies so far in front of a model point hides it
-VOXEL = 0.02                # m, of the search
+VOXEL = 0.025               # m, of the search
+SEARCHED = 80               # model points that the search uses
 HYPOTHESES = 24             # that survive the search and enter ICP
+WIDTHS = np.linspace(0, STROKE, 33)                      # m, the openings that are tried
+FINGER_AGREE = 0.006        # m along the ray, the same for a finger: finer, for fingers slide past each other unnoticed
 SHELL = 0.03                # m, so far outside the hand there is nothing
-EVENT = 0.006               # m, the fingers' way beyond which they have closed or opened
-# of a pose that is believed: model points that agree; agree / contradict; score a point
-MIN_AGREE, MIN_RATIO, MIN_SCORE = 100, 3, 0.2
+EVENT = 0.007               # m, the fingers' way beyond which they have closed or opened
+# Of a pose that is believed: model points that agree, their share of those in view, and the score a point in view
+MIN_AGREE, MIN_SHARE, MIN_SCORE = 60, 0.7, 0.1
+WELL = 0.5                  # score a point in view at which the search ends
 HALF_TURN = np.diag([-1.0, -1.0, 1.0, 1.0])  # about the approach axis: it maps the hand onto itself, fingers swapped
 
 
@@ -103,6 +106,12 @@ def make_model(bodies, counts, seed=0):
     return model
 
 
+def part(model, keep):
+    """The model with only those points that `keep` (N,) chooses."""
+    chosen = {name: getattr(model, name)[keep] for name in ("points", "normals", "slide", "shell")}
+    return SimpleNamespace(**{**vars(model), **chosen})
+
+
 def hand_model(hand=None, finger=None):
     """The gripper as a model; from two mesh files (metres, hand frame; the left finger at opening 0), or the built-in
     one."""
@@ -127,12 +136,12 @@ def add_mount(model, scene, pose, opening):
 
     Without it the arm's points, which no mesh explains, pull the hand's edge towards them.
     """
-    cloud = nearby(scene, pose[:3, 3], 0.2, 4000, still=True)
+    cloud = nearby(scene, pose[:3, 3], 0.2, 4000)
     if cloud is None:
         return model
     in_gripper = transform(cloud.points, invert(pose))
     away = cKDTree(at_opening(model, [opening])[0]).query(in_gripper)[0]
-    behind = (in_gripper[:, 2] > -0.10) & (in_gripper[:, 2] < 0.03) & (np.linalg.norm(in_gripper[:, :2], axis=1) < 0.09)
+    behind = (in_gripper[:, 2] > -0.06) & (in_gripper[:, 2] < 0.03) & (np.linalg.norm(in_gripper[:, :2], axis=1) < 0.09)
     keep = np.flatnonzero(behind & (away > 0.012))
     cells = np.floor(in_gripper[keep] / (1.2 * model.spacing)).astype(int)
     # one point a cell: even, like the mesh's
@@ -302,6 +311,7 @@ def make_scene(points, valid, intrinsics, view_in_ref, observed=None, here=None)
         quiet = change[both & (change < 0.05)]
         scene.noise = min(1.48 * float(np.median(quiet)), 0.01) if len(quiet) else 0.0
         scene.still = both & (change < max(STILL, 3 * scene.noise)) & ~here
+    gather(scene)
     return scene
 
 
@@ -318,27 +328,33 @@ def look_up(scene, v, points):
     return y.clip(0, H - 1), x.clip(0, W - 1), z, inside
 
 
-def nearby(scene, centre, radius, limit, still=False):
+def gather(scene):
+    """Puts scene.candidates: the points (M,3) that are no scenery, their view, row, column (M,)."""
+    view, row, column = np.nonzero((scene.depth > 0) & ~scene.still)
+    scene.candidates = SimpleNamespace(points=scene.points[view, row, column].astype(float), view=view, row=row,
+                                       column=column)
+
+
+def nearby(scene, centre, radius, limit):
     """At most `limit` candidate points within `radius` of `centre`: points, normals (M,3), view (M,); None if there
     are < 20."""
-    keep = (scene.depth > 0) & (np.abs(scene.points - centre).max(-1) < radius)
-    v, y, x = np.nonzero(keep if still else keep & ~scene.still)
-    if len(v) < 20:
+    c = scene.candidates
+    close = np.flatnonzero(np.abs(c.points - centre).max(-1) < radius)
+    if len(close) < 20:
         return None
-    step = -(-len(v) // limit)
-    v, y, x = v[::step], y[::step], x[::step]
+    close = close[::-(-len(close) // limit)]
+    v, y, x, points = c.view[close], c.row[close], c.column[close], c.points[close]
     H, W = scene.depth.shape[1:]
     reach = max(1, W // 160)                              # pixels between the neighbours that make a normal
     across = scene.points[v, y, (x + reach).clip(max=W - 1)] - scene.points[v, y, (x - reach).clip(0)]
     down = scene.points[v, (y + reach).clip(max=H - 1), x] - scene.points[v, (y - reach).clip(0), x]
-    points = scene.points[v, y, x].astype(float)
-    normals = np.cross(across, down).astype(float)
+    normals = cross(across, down).astype(float)
     normals *= np.sign((normals * (scene.view_in_ref[v, :3, 3] - points)).sum(1, keepdims=True))   # towards the camera
     normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-9)
     return SimpleNamespace(points=points, normals=normals, view=v, tree=cKDTree(points))
 
 
-def compare(model, scene, poses, opening, count=None, shell=False):
+def compare(model, scene, poses, opening, count=None, shell=False, strict=False):
     """Render K hypotheses into all views and hold them against the measured depth.
 
     The mesh is drawn as its sample points through a z-buffer with cells as large as their spacing, which costs a few
@@ -372,7 +388,7 @@ def compare(model, scene, poses, opening, count=None, shell=False):
         unchanged = scene.still[v, y[k, n], x[k, n]]
         coarse = np.median(z) / scene.intrinsics[v, 0, 0] > COARSE
         # at blurred or coarse edges and outliers a neighbouring pixel may speak
-        if scene.noise > NOISY or coarse:
+        if scene.noise > NOISY or coarse and not strict:
             r = 1 if coarse else 2
             for dy, dx in ((0, r), (0, -r), (r, 0), (-r, 0)):
                 row, column = (y[k, n] + dy).clip(0, H - 1), (x[k, n] + dx).clip(0, W - 1)
@@ -391,7 +407,7 @@ def compare(model, scene, poses, opening, count=None, shell=False):
 
 
 def evidence(seen):
-    """Of what `compare` saw: score (K,), agree (K,) and contradict (K,), in model points.
+    """Of what `compare` saw: score, agree, contradict and in_view, (K,) each, in model points.
 
     A point that should be seen and is not, or that lies on scenery, weighs three times one that agrees: an arm or the
     held object often hides the hand, and nearly never does one look through it.
@@ -401,12 +417,14 @@ def evidence(seen):
     agree = np.where(close & ~seen.still, 1 - (gap / seen.tolerance)**2, 0).sum((1, 2))
     contradict = ((gap > seen.tolerance) | (close & seen.still)).sum((1, 2)) + seen.shell
     hidden = (gap < -seen.tolerance).sum((1, 2))
-    return agree - 3 * contradict - 0.1 * hidden, agree, contradict
+    in_view = (seen.visible & ~(seen.gap < -seen.tolerance)).sum((1, 2))
+    return SimpleNamespace(score=agree - 5 * contradict - 0.1 * hidden, agree=agree, contradict=contradict,
+                           in_view=in_view)
 
 
 # ------------------------------------------------------------------------------------------------------ the search
 
-def search(model, scene, centre, rotations, opening, radius, keep):
+def search(model, scene, centre, rotations, radius, keep):
     """The likeliest of all shifts within `radius` of `centre` (3,) and the given rotations (R,3,3): poses (keep,4,4).
 
     Space is cut into voxels: those near a candidate point count for a visible model point, those that a camera looks
@@ -415,43 +433,41 @@ def search(model, scene, centre, rotations, opening, radius, keep):
     steps = int(np.ceil(radius / VOXEL))
     half = steps + int(np.ceil(model.reach / VOXEL)) + 1
     size, shifts = 2 * half + 1, 2 * steps + 1
-    axis = (np.arange(size) - half) * VOXEL
-    grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3) + centre
-    free = np.zeros(len(grid), bool)
-    for v in range(len(scene.depth)):
-        y, x, z, inside = look_up(scene, v, grid)
-        gap = scene.depth[v, y, x] - z
-        free |= inside & (scene.depth[v, y, x] > 0) & ((gap > VOXEL) | (scene.still[v, y, x] & (gap > -VOXEL)))
-    candidates = scene.points[(scene.depth > 0) & ~scene.still]
-    cells = np.rint((candidates - centre) / VOXEL).astype(int) + half
+    cells = np.rint((scene.candidates.points - centre) / VOXEL).astype(int) + half
     cells = cells[((cells >= 0) & (cells < size)).all(1)]
     if not len(cells):
         return np.zeros((0, 4, 4))
     filled = np.zeros((size,) * 3, bool)
     filled[tuple(cells.T)] = True
     distance = distance_transform_edt(~filled) * VOXEL
+    axis = (np.arange(size) - half) * VOXEL
+    grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3) + centre
+    free = np.zeros(len(grid), bool)
+    for v in range(len(scene.depth)):
+        y, x, z, inside = look_up(scene, v, grid)
+        measured = scene.depth[v, y, x]
+        free |= inside & (measured > 0) & ((measured - z > VOXEL) | (scene.still[v, y, x] & (measured - z > -VOXEL)))
     free = free.reshape(filled.shape) & (distance > VOXEL)
-    seen_value = np.where(free, -100, 100 * np.exp(-(distance / 0.03)**2)).astype(np.int16)
-    hidden_value = np.where(free, -50, 0).astype(np.int16)
+    seen_value = np.where(free, -200, 100 * np.exp(-(distance / 0.03)**2)).astype(np.int16)
+    hidden_value = np.where(free, -100, 0).astype(np.int16)
 
     poses = rigid(rotations, np.repeat(np.asarray(centre, float)[None], len(rotations), 0))
-    seen = compare(model, scene, poses, np.full(len(poses), opening), 200)
-    corner = np.rint((seen.points[:, :100] - centre) / VOXEL).astype(int) + half - steps    # (R,100,3)
+    seen = compare(model, scene, poses, np.zeros(len(poses)), 200)
+    corner = np.rint((seen.points[:, :SEARCHED] - centre) / VOXEL).astype(int) + half - steps     # (R,SEARCHED,3)
     corner = corner.clip(0, size - shifts)
-    visible = seen.visible[..., :100].any(1)
+    visible = seen.visible[..., :SEARCHED].any(1)
     offset = (np.arange(shifts) - steps)**2
     in_reach = offset[:, None, None] + offset[:, None] + offset <= steps**2
     found, totals = [], []
     for r in range(len(poses)):
-        total = np.zeros((shifts,) * 3, np.int32)
+        total = np.zeros((shifts,) * 3, np.int16)         # at most 200 * SEARCHED: no overflow
         for (i, j, k), shown in zip(corner[r], visible[r]):
             total += (seen_value if shown else hidden_value)[i:i + shifts, j:j + shifts, k:k + shifts]
-        total = np.where(in_reach, total / max(visible[r].sum(), 15), -1e9)
         peak = np.flatnonzero((total == maximum_filter(total, 3)) & in_reach)
         peak = peak[np.argsort(-total.flat[peak])[:keep]]
         shift = (np.stack(np.unravel_index(peak, total.shape), -1) - steps) * VOXEL
         found.append(rigid(np.repeat(rotations[r][None], len(peak), 0), centre + shift))
-        totals.append(total.flat[peak])
+        totals.append(total.flat[peak] / max(visible[r].sum(), 15))
     return np.concatenate(found)[np.argsort(-np.concatenate(totals))[:keep]]
 
 
@@ -481,85 +497,45 @@ def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view
     return poses
 
 
-def fit_opening(model, scene, cloud, pose, before):
-    """How far the fingers are apart, m, given gripper_in_ref: the best of a scan over the stroke, then ICP along y.
+def settle(model, scene, cloud, poses, before, keep=4, cost=lambda poses: 0.0):
+    """Hypotheses -> the best `keep` of them, refined, each with the opening that suits it.
 
-    Returns opening and how many finger points speak for it. `before` is kept where none is seen.
+    Which of them is right is decided without the fingers first: they may have moved. cost(poses) (K,) comes off their
+    scores. Returns poses (k,4,4), opening (k,), and what `evidence` says of each.
     """
-    finger = np.flatnonzero(model.slide != 0)
-    if not len(finger):
-        return before, 0.0
-    body = SimpleNamespace(**vars(model))
-    body.points, body.normals, body.slide, body.shell = (
-        x[finger] for x in (model.points, model.normals, model.slide, model.shell)
-    )
-    tried = np.append(np.linspace(0, STROKE, 17), before)
-    seen = compare(body, scene, np.repeat(pose[None], len(tried), 0), tried)
-    seen.still[:] = False                                 # a finger may well touch scenery
-    score, agree, _ = evidence(seen)
-    best = np.argmax(score)
-    if agree[best] < 8:
-        return before, 0.0
-    opening = tried[best]
-    # n . d(point)/d(opening)
-    along = np.einsum("ni,i->n", model.normals[finger] @ pose[:3, :3].T, pose[:3, 1]) * body.slide
-    shown = (seen.visible[best] & (np.abs(seen.gap[best]) < 0.02)).any(0)
-    for _ in range(6):
-        points = transform(at_opening(body, [opening])[0][shown], pose)
-        distance, index = cloud.tree.query(points, distance_upper_bound=0.012)
-        ok = np.isfinite(distance)
-        w = robust(distance[ok], 0.012, "tukey") * (np.abs(along[shown][ok]) > 0.2)
-        if w.sum() < 2:
+    hand = part(model, model.slide == 0)
+    none = np.zeros(len(poses))
+    poses = refine(hand, scene, cloud, poses, none, (0.05, 0.03), 120, slip=0.3)
+    score = evidence(compare(hand, scene, poses, none, 250, shell=True)).score
+    poses = distinct(poses, score * len(hand.points) / 250 - cost(poses), 2 * keep)
+    poses = refine(hand, scene, cloud, poses, none[:len(poses)], (0.03, 0.015), 250)
+    score = evidence(compare(hand, scene, poses, none[:len(poses)], shell=True)).score
+    poses = distinct(poses, score - cost(poses), keep)
+    openings = np.array([likeliest(finger_profile(model, scene, pose), before) for pose in poses])
+    return poses, openings, evidence(compare(model, scene, poses, openings, shell=True))
+
+
+def distinct(poses, score, keep):
+    """The best `keep` poses, no two of them within 5 mm and 5 degrees of each other."""
+    chosen = []
+    for i in np.argsort(-score):
+        near = [np.linalg.norm(poses[i, :3, 3] - poses[j, :3, 3]) < 0.005
+                and np.trace(poses[i, :3, :3].T @ poses[j, :3, :3]) > 1 + 2 * np.cos(np.radians(5)) for j in chosen]
+        if not any(near):
+            chosen.append(i)
+        if len(chosen) == keep:
             break
-        residual = ((cloud.points[index[ok]] - points[ok]) * (model.normals[finger][shown][ok] @ pose[:3, :3].T)).sum(
-            -1
-        )
-        a = along[shown][ok]
-        opening = np.clip(
-            opening + (w * a * residual).sum() / (w * a * a).sum(),
-            max(0, tried[best] - 0.008),
-            min(STROKE, tried[best] + 0.008),
-        )
-    return float(opening), float(agree[best])
-
-
-def settle(model, scene, cloud, poses, opening, keep=3, enough=np.inf):
-    """Hypotheses -> the best `keep` of them, refined, each with its own opening: poses (k,4,4), opening (k,), score
-    (k,). A score of `enough` ends the search early."""
-    poses = refine(model, scene, cloud, poses, np.full(len(poses), opening), (0.05, 0.03), 200, slip=0.3)
-    score, _, _ = evidence(compare(model, scene, poses, np.full(len(poses), opening), 400, shell=True))
-    poses = poses[np.argsort(-score)[:keep]]
-    if score.max() < 0.5 * enough:                        # `enough` is of all points, this score of about half of them
-        # A wrong edge of the hand on the arm is a deep local minimum of ICP: turn the best about points of
-        # the hand, go on.
-        poses = np.concatenate([poses] + [poses @ nudge for nudge in NUDGES])
-        poses = refine(model, scene, cloud, poses, np.full(len(poses), opening), (0.03, 0.02), 200)
-        score, _, _ = evidence(compare(model, scene, poses, np.full(len(poses), opening), 400, shell=True))
-        poses = poses[np.argsort(-score)[:keep]]
-    openings = np.array([fit_opening(model, scene, cloud, pose, opening)[0] for pose in poses])
-    poses = refine(model, scene, cloud, poses, openings, (0.02, 0.015), 400)
-    return poses, openings, evidence(compare(model, scene, poses, openings, shell=True))[0]
-
-
-def nudge(axis, angle, pivot):
-    turn = Rotation.from_rotvec(np.radians(angle) * np.eye(3)[axis]).as_matrix()
-    return rigid(turn[None], (pivot - turn @ pivot)[None])[0]
-
-
-NUDGES = [nudge(0, s * 14, np.array([0, y, 0.05])) for s in (-1, 1) for y in (-0.06, 0.06)] + \
-         [nudge(axis, s * 14, np.array([0, 0, 0.05])) for s in (-1, 1) for axis in (1, 2)]
+    return poses[chosen]
 
 
 def polish(model, scene, cloud, pose, opening):
-    """The final fit of one pose: pose, opening, finger points behind it, fitness, inlier_rmse, weights of the views
-    (V,).
+    """The final fit of one pose: pose, fitness, inlier_rmse.
 
     A view whose points lie off the common fit counts less: weight 1 / (sigma^2 + rmse^2), sigma = 3 mm.
     """
     view_weight = np.ones(len(scene.depth))
     for distance in (0.015, 0.01):
         pose = refine(model, scene, cloud, pose[None], np.array([opening]), (distance,), None, 0.03, view_weight)[0]
-        opening, fingers = fit_opening(model, scene, cloud, pose, opening)
         seen = compare(model, scene, pose[None], [opening])
         gap = np.where(seen.visible & ~seen.still & (np.abs(seen.gap) < 2 * AGREE), seen.gap, np.nan)[0]
         rmse = np.array([np.sqrt(np.nanmean(g**2)) if np.isfinite(g).sum() > 10 else 0.01 for g in gap])
@@ -569,18 +545,75 @@ def polish(model, scene, cloud, pose, opening):
     points = transform(at_opening(model, [opening])[0][visible], pose)
     distance = cloud.tree.query(points, distance_upper_bound=0.01)[0] if len(points) else np.array([np.inf])
     inlier = np.isfinite(distance)
-    return (
-        pose,
-        opening,
-        fingers,
-        inlier.mean(),
-        np.sqrt((distance[inlier] ** 2).mean()) if inlier.any() else np.nan,
-        view_weight,
-    )
+    return pose, inlier.mean(), np.sqrt((distance[inlier] ** 2).mean()) if inlier.any() else np.nan
 
 
-# ------------------------------------------------------------------------------------------------ the first frame,
-# and the rest
+# ----------------------------------------------------------------------------------------------------- the fingers
+
+def finger_profile(model, scene, pose):
+    """How well the fingers fit at each of WIDTHS, given gripper_in_ref: finger points that agree less those that
+    should be seen and are not. Flat where the hand, or what it holds, hides them."""
+    if not model.slide.any():
+        return np.zeros(len(WIDTHS))
+    fingers = part(model, model.slide != 0)
+    seen = compare(fingers, scene, np.repeat(pose[None], len(WIDTHS), 0), WIDTHS, strict=True)
+    pixel = np.linalg.norm(pose[:3, 3] - scene.view_in_ref[0, :3, 3]) / scene.intrinsics[0, 0, 0]
+    tolerance = max(FINGER_AGREE, 3 * scene.noise, pixel)
+    gap = np.where(seen.visible, seen.gap, np.nan)
+    return (np.maximum(1 - (gap / tolerance)**2, 0) * (np.abs(gap) < tolerance)).sum((1, 2), where=np.isfinite(gap)) \
+        - (gap > tolerance).sum((1, 2))
+
+
+def likeliest(profile, before):
+    """The width, m, at the profile's peak; `before` where nothing speaks clearly for another."""
+    profile = profile - np.abs(WIDTHS - before) / 0.02
+    return WIDTHS[np.argmax(profile)] if np.ptp(profile) > 6 else before
+
+
+def slide_fingers(model, scene, cloud, pose, opening):
+    """The opening to a fraction of a millimetre: ICP of the visible finger points along y. None where few are seen."""
+    fingers = part(model, model.slide != 0)
+    if not len(fingers.points):
+        return None
+    seen = compare(fingers, scene, pose[None], [opening])
+    shown = (seen.visible[0] & (np.abs(seen.gap[0]) < 0.02)).any(0)
+    normals = fingers.normals[shown] @ pose[:3, :3].T
+    along = (normals @ pose[:3, 1]) * fingers.slide[shown]                 # n . d(point) / d(opening)
+    start = opening
+    for _ in range(6):
+        points = transform(at_opening(fingers, [opening])[0][shown], pose)
+        distance, index = cloud.tree.query(points, distance_upper_bound=0.012)
+        ok = np.isfinite(distance)
+        w = robust(distance[ok], 0.012, "tukey") * (np.abs(along[ok]) > 0.2)
+        if w.sum() < 2:
+            return None
+        residual = ((cloud.points[index[ok]] - points[ok]) * normals[ok]).sum(-1)
+        a = along[ok]
+        opening = float(np.clip(opening + (w * a * residual).sum() / (w * a * a).sum(),
+                                max(0, start - 0.006), min(STROKE, start + 0.006)))
+    return opening
+
+
+def opening_path(profiles, speed, first):
+    """The likeliest widths (F,) of a whole video: the Viterbi path through the frames' profiles (F,W).
+
+    speed (F-1,) m, how far the hand moved between two frames: fingers close and open while it rests, so that an event
+    which no view shows is put where the hand moved least. first: the width at frame 0, m.
+    """
+    change = np.minimum(np.abs(np.subtract.outer(WIDTHS, WIDTHS)) / 0.01, 1)                # (W,W)
+    total = -(((WIDTHS - first) / WIDTHS[1])**2)
+    back = []
+    for profile, moved in zip(profiles[1:], speed):
+        options = total - (4 + 8 * min(moved / 0.1, 1)) * change                            # (W now, W before)
+        back.append(options.argmax(1))
+        total = options.max(1) + profile
+    path = [total.argmax()]
+    for previous in reversed(back):
+        path.append(previous[path[-1]])
+    return WIDTHS[path[::-1]]
+
+
+# ------------------------------------------------------------------------------------- the first frame, and the rest
 
 def all_rotations(count):
     """`count` rotations spread evenly over SO(3): the super-Fibonacci spiral (Alexa 2022)."""
@@ -590,6 +623,16 @@ def all_rotations(count):
     return Rotation.from_quat(np.stack([r * np.sin(a), r * np.cos(a), R * np.sin(b), R * np.cos(b)], 1)).as_matrix()
 
 
+def fan(limit, count):
+    """The identity and those of `count` rotations over SO(3) that turn by at most `limit` degrees: (R,3,3)."""
+    turns = all_rotations(count)
+    angle = np.degrees(np.arccos(((np.trace(turns, axis1=1, axis2=2) - 1) / 2).clip(-1, 1)))
+    return np.concatenate([np.eye(3)[None], turns[angle < limit]])
+
+
+FANS = fan(45, 400), fan(85, 200)           # 90 degrees/s are 45 at 2 Hz; then what is faster
+
+
 def register(model, scene, mask, rotations=150):
     """The first pose from masks (V,H,W) of the gripper alone.
 
@@ -597,157 +640,121 @@ def register(model, scene, mask, rotations=150):
     its approach axis, so that both are solutions; opening, m; their scores (2,), in model points. None if fewer than
     20 points are masked.
     """
-    scene = SimpleNamespace(**{**vars(scene), "still": ~mask})  # outside the mask there is no hand: as good as scenery
-    masked = scene.points[mask & (scene.depth > 0)]
-    if len(masked) < 20:
+    # outside the mask there is no hand: as good as scenery
+    scene = SimpleNamespace(**{**vars(scene), "still": ~mask})
+    gather(scene)
+    if len(scene.candidates.points) < 20:
         return None
-    centre = np.median(masked, axis=0)
+    centre = np.median(scene.candidates.points, axis=0)
     cloud = nearby(scene, centre, 0.4, 3000)
-    rotations = all_rotations(rotations)
-    # The model's own centre, not its flange, is to be in the middle of the masked points.
-    middle = model.points.mean(0)
+    hand = part(model, model.slide == 0)
+    middle = model.points.mean(0)                         # this, not the flange, is to be in the middle of the mask
     found = []
-    for part in np.array_split(rotations, 10):
-        for opening in (0.07, 0.015):
-            poses = np.concatenate(
-                [search(model, scene, centre - turn @ middle, turn[None], opening, 0.07, 4) for turn in part]
-            )
-            poses = refine(model, scene, cloud, poses, np.full(len(poses), opening), (0.05, 0.03), 150, slip=0.3)
-            score = mask_score(model, scene, cloud, poses, np.full(len(poses), opening))
-            found += [(score[i], opening, poses[i]) for i in np.argsort(-score)[:6]]
-    found = sorted(found, key=lambda f: -f[0])[:12]
-    settled = []
-    for _, opening, pose in found:
-        poses, openings, _ = settle(model, scene, cloud, pose[None], opening, 2)
-        settled += list(zip(mask_score(model, scene, cloud, poses, openings), openings, poses))
-    _, opening, pose = max(settled, key=lambda f: f[0])
+    for some in np.array_split(all_rotations(rotations), 10):
+        poses = np.concatenate([search(hand, scene, centre - turn @ middle, turn[None], 0.07, 4) for turn in some])
+        found.append(settle(model, scene, cloud, poses, 0.04, 3)[0])
+    poses, openings, _ = settle(model, scene, cloud, np.concatenate(found), 0.04, 8)
+    first = poses[np.argmax(mask_score(model, scene, cloud, poses, openings))]
     both = []
     for turned in (np.eye(4), HALF_TURN):
-        poses, openings, _ = settle(model, scene, cloud, (pose @ turned)[None], opening, 1)
-        turned_pose, width = polish(model, scene, cloud, poses[0], openings[0])[:2]
-        both.append((mask_score(model, scene, cloud, turned_pose[None], [width])[0], width, turned_pose))
+        poses, openings, _ = settle(model, scene, cloud, (first @ turned)[None], 0.04, 1)
+        pose = polish(model, scene, cloud, poses[0], openings[0])[0]
+        opening = slide_fingers(model, scene, cloud, pose, openings[0]) or openings[0]
+        both.append((mask_score(model, scene, cloud, pose[None], np.array([opening]))[0], opening, pose))
     both.sort(key=lambda f: -f[0])
     return np.stack([both[0][2], both[1][2]]), both[0][1], np.array([both[0][0], both[1][0]])
 
 
 def mask_score(model, scene, cloud, poses, opening):
     """evidence's score, less the share of the masked points that the posed model leaves unexplained."""
-    score = evidence(compare(model, scene, poses, opening, 400))[0]
+    score = evidence(compare(model, scene, poses, opening)).score
     some = cloud.points[::max(1, len(cloud.points) // 300)]
     posed = at_opening(model, opening) @ poses[:, :3, :3].mT + poses[:, None, :3, 3]
     away = np.array([cKDTree(p).query(some, distance_upper_bound=0.05)[0] for p in posed])
     return score - 300 * (away > 0.015).mean(1)
 
 
-def believed(model, scene, pose, opening, anew=False):
-    """Whether render-and-compare bears a pose out: (bool, score, agree). `anew`, after a loss, asks for twice as
-    much."""
-    seen = compare(model, scene, pose[None], [opening], shell=True)
-    score, agree, contradict = (x[0] for x in evidence(seen))
-    in_view = (seen.visible & ~(seen.gap < -seen.tolerance)).sum()
+def believed(model, scene, pose, opening, cost=0.0, anew=False):
+    """Whether render-and-compare bears a pose out, `cost` taken off its score: (bool, score, agree). `anew`, after a
+    loss, nothing else speaks for the place, so that it has to fit better."""
+    seen = evidence(compare(model, scene, pose[None], np.array([opening]), shell=True))
+    score, agree, contradict, in_view = (x[0] for x in (seen.score, seen.agree, seen.contradict, seen.in_view))
     if scene.noise > NOISY:                               # outliers and blurred edges contradict any pose
-        sure = agree >= 1.5 * MIN_AGREE and agree >= (3 if anew else 2) * contradict
+        sure = agree >= 1.5 * MIN_AGREE and agree >= 2 * contradict
     else:
-        sure = (
-            agree >= MIN_AGREE * (1 + anew)
-            and agree >= MIN_RATIO * contradict * (1 + anew)
-            and score > MIN_SCORE * (1 + anew) * in_view
-        )
-    return sure, score, agree
+        sure = agree >= max(MIN_AGREE, MIN_SHARE * in_view) and score - cost >= (0.4 if anew else MIN_SCORE) * in_view
+    return bool(sure), score, agree
 
 
 def track_one(model, scene, state, dt):
     """The next pose of one hand. state: pose, motion (of the last step, in the gripper's frame), opening, score,
     missed frames.
 
-    First the quick way, from where the hand was and where its velocity takes it; if it does not rest there and fit as
-    well as in the last frame, everything in reach. Returns a new state; where nothing is borne out, `lost` is true
-    and the pose is held.
+    First the quick way, from where the hand was and where its velocity takes it; if that does not fit well, all places
+    in reach, turned a little; then turned a lot. Returns a new state; where nothing is borne out, `lost` is true and
+    the pose is held.
     """
-    ahead = state.pose @ state.motion
     radius = min(MAX_SPEED * dt * (1 + state.missed), 0.45)
-    lost = SimpleNamespace(
-        **{
-            **vars(state),
-            "lost": True,
-            "missed": state.missed + 1,
-            "motion": np.eye(4),
-            "fitness": 0.0,
-            "inlier_rmse": np.nan,
-            "fingers": 0.0,
-        }
-    )
+    lost = SimpleNamespace(**{**vars(state), "lost": True, "missed": state.missed + 1, "motion": np.eye(4),
+                              "fitness": 0.0, "inlier_rmse": np.nan, "profile": np.zeros(len(WIDTHS)), "width": None})
     cloud = nearby(scene, state.pose[:3, 3], radius + model.reach, 6000)
     if cloud is None:
         return lost
-    guesses = np.stack([state.pose, ahead])
-    poses = refine(model, scene, cloud, guesses, np.full(2, state.opening), (0.03, 0.02), 400)
-    openings = np.full(2, state.opening)
-    score = evidence(compare(model, scene, poses, openings, shell=True))[0]
-    rests = np.linalg.norm(poses[np.argmax(score), :3, 3] - state.pose[:3, 3]) < 0.02
-    if state.missed or not rests or score.max() < 0.8 * state.score:
-        turns = np.concatenate([np.zeros((1, 3)), FAN * np.eye(3), -FAN * np.eye(3)])
-        rotations = state.pose[:3, :3] @ Rotation.from_rotvec(turns).as_matrix()
-        wide = search(model, scene, state.pose[:3, 3], rotations, state.opening, radius, HYPOTHESES)
-        poses, openings, score = settle(model, scene, cloud, np.concatenate([guesses, wide]), state.opening,
-                                          enough=0.9 * state.score)
+    guesses = np.stack([state.pose, state.pose @ state.motion])
     # What the robot did before it does on: far and turned costs points, little beside those that a wrong place loses.
-    cost = np.min([travel(poses, guess) for guess in guesses], axis=0)
-    best = np.argmax(score - cost)
-    pose, opening, fingers, fitness, rmse, view_weight = polish(model, scene, cloud, poses[best], openings[best])
-    stay, move = evidence(compare(model, scene, np.stack([state.pose, pose]), [opening, opening], shell=True))[0]
+    cost = lambda poses: np.min([travel(poses, guess, 1 + state.missed) for guess in guesses], axis=0)
+    hand = part(model, model.slide == 0)
+    poses, openings, seen = settle(model, scene, cloud, guesses, state.opening, cost=cost)
+    for turns in FANS:
+        best = np.argmax(seen.score - cost(poses))
+        rests = np.linalg.norm(poses[best, :3, 3] - guesses[:, :3, 3], axis=1).min() < 0.02
+        if seen.score[best] - cost(poses)[best] > WELL * seen.in_view[best] and seen.agree[best] > MIN_AGREE and \
+                (turns is not FANS[0] or rests and seen.score[best] > 0.8 * state.score):
+            break
+        wide = search(hand, scene, state.pose[:3, 3], state.pose[:3, :3] @ turns, radius, HYPOTHESES)
+        poses, openings, seen = settle(model, scene, cloud, np.concatenate([poses, wide]), state.opening, cost=cost)
+    best = np.argmax(seen.score - cost(poses))
+    opening = openings[best]
+    pose, fitness, rmse = polish(model, scene, cloud, poses[best], opening)
+    stay, move = evidence(compare(model, scene, np.stack([state.pose, pose]), np.full(2, opening), shell=True)).score
     if stay >= move:                                      # a hand at rest does not drift with the noise
         pose = state.pose
-    sure, score, agree = believed(model, scene, pose, opening, state.missed > 0)
-    if not sure or (state.missed and agree < 0.6 * state.agree):
+    profile = finger_profile(model, scene, pose)
+    opening = likeliest(profile, state.opening)
+    sure, score, agree = believed(model, scene, pose, opening, cost(pose[None])[0], state.missed > 0)
+    if not sure:
         return lost
     return SimpleNamespace(
-        pose=pose,
-        motion=np.eye(4) if state.missed else invert(state.pose) @ pose,
-        opening=opening,
-        score=score,
-        agree=agree,
-        missed=0,
-        lost=False,
-        fitness=fitness,
-        inlier_rmse=rmse,
-        fingers=fingers,
-        view_weight=view_weight,
-    )
+        pose=pose, motion=np.eye(4) if state.missed else invert(state.pose) @ pose, opening=opening, score=score,
+        agree=agree, missed=0, lost=False, fitness=fitness, inlier_rmse=rmse, profile=profile,
+        width=slide_fingers(model, scene, cloud, pose, opening))
 
 
-def travel(poses, guess):
-    """(K,) model points that it costs a pose to be away from `guess`: 10 at 15 cm or 40 degrees, four times that at
-    twice."""
-    shift = np.linalg.norm(poses[:, :3, 3] - guess[:3, 3], axis=1)
+def travel(poses, guess, frames):
+    """(K,) model points that it costs a pose to be away from `guess`, which is `frames` frames old: 10 at 15 cm or 30
+    degrees a frame, four times that at twice; no hand turns by more than 90."""
+    shift = np.linalg.norm(poses[:, :3, 3] - guess[:3, 3], axis=1) / frames
     cosine = (np.einsum("kij,ij->k", poses[:, :3, :3], guess[:3, :3]) - 1) / 2
-    return 10 * (shift / 0.15)**2 + 10 * (np.degrees(np.arccos(cosine.clip(-1, 1))) / 40)**2
+    turn = np.degrees(np.arccos(cosine.clip(-1, 1))) / frames
+    return 10 * (shift / 0.15)**2 + 10 * (turn / 30)**2 + 1e4 * (turn > 90)
 
 
 def claim(model, scene, state):
-    """Candidate pixels of a scene that lie on a tracked hand are given to no other."""
-    points = at_opening(model, [state.opening]) @ state.pose[:3, :3].T + state.pose[:3, 3]
-    v, y, x = np.nonzero(
-        (scene.depth > 0) & ~scene.still & (np.abs(scene.points - state.pose[:3, 3]).max(-1) < model.reach + 0.02)
-    )
-    if len(v):
-        near = np.isfinite(cKDTree(points[0]).query(scene.points[v, y, x], distance_upper_bound=0.012)[0])
-        scene.still[v[near], y[near], x[near]] = True
+    """Candidate points of a scene that lie on a tracked hand are given to no other."""
+    c = scene.candidates
+    close = np.flatnonzero(np.abs(c.points - state.pose[:3, 3]).max(-1) < model.reach + 0.02)
+    if len(close):
+        posed = transform(at_opening(model, [state.opening])[0], state.pose)
+        taken = close[np.isfinite(cKDTree(posed).query(c.points[close], distance_upper_bound=0.012)[0])]
+        scene.still[c.view[taken], c.row[taken], c.column[taken]] = True
+        keep = np.ones(len(c.points), bool)
+        keep[taken] = False
+        scene.candidates = SimpleNamespace(**{name: value[keep] for name, value in vars(c).items()})
 
 
 def first_state(pose, opening):
-    return SimpleNamespace(
-        pose=pose,
-        motion=np.eye(4),
-        opening=float(opening),
-        score=np.inf,
-        agree=0.0,
-        missed=0,
-        lost=False,
-        fitness=1.0,
-        inlier_rmse=0.0,
-        fingers=1.0,
-    )
+    return SimpleNamespace(pose=pose, motion=np.eye(4), opening=float(opening), score=0.0, agree=0.0, missed=0,
+                           lost=False, fitness=1.0, inlier_rmse=0.0, profile=np.zeros(len(WIDTHS)), width=opening)
 
 
 def track(prediction, init="auto", model=None, progress=False):
@@ -792,7 +799,10 @@ def track(prediction, init="auto", model=None, progress=False):
         models.append(add_mount(model, observed, state.pose, state.opening) if known and np.any(model.slide) else model)
         if known:
             here |= silhouette(model, observed, state.pose, state.opening)
-            sure, _, state.agree = believed(models[a], observed, state.pose, state.opening)
+            c, posed = observed.candidates, transform(at_opening(models[a], [state.opening])[0], state.pose)
+            on = np.isfinite(cKDTree(posed).query(c.points, distance_upper_bound=0.02)[0])
+            here[c.view[on], c.row[on], c.column[on]] = True
+            sure, state.score, state.agree = believed(models[a], observed, state.pose, state.opening)
             state.lost = not sure                         # the pose is known, but no view shows the hand
             state.missed = int(not sure)
         states.append(state)
@@ -814,7 +824,7 @@ def track(prediction, init="auto", model=None, progress=False):
 
     collect = lambda name: np.array([[getattr(s, name) for s in states] for states in frames])
     gripper_in_ref, lost = collect("pose"), collect("lost")
-    opening = smooth(collect("opening"), collect("fingers"))
+    opening, fingers = openings_of(frames)
     if "symmetry_score" in extra:
         extra["symmetric_gripper_in_ref"] = gripper_in_ref @ HALF_TURN
     return dict(
@@ -825,7 +835,7 @@ def track(prediction, init="auto", model=None, progress=False):
         fitness=collect("fitness"),
         inlier_rmse=collect("inlier_rmse"),
         lost=lost,
-        fingers=collect("fingers"),
+        fingers=fingers,
         **extra,
     )
 
@@ -839,14 +849,18 @@ def silhouette(model, scene, pose, opening):
     return rasterize(vertices_in_cam, model.faces, scene.intrinsics, H, W)[0] > 0
 
 
-def smooth(opening, fingers):
-    """Openings (F,A) averaged over neighbouring frames that are like them: noise goes, a closing or opening stays
-    sharp."""
-    F = len(opening)
-    near = np.exp(-0.5 * (np.subtract.outer(np.arange(F), np.arange(F)) / 1.0)**2)         # (F,F)
-    alike = np.exp(-0.5 * ((opening[:, None] - opening[None]) / (0.7 * EVENT))**2)          # (F,F,A)
-    weight = near[..., None] * alike * (fingers[None] + 1e-3)
-    return (weight * opening[None]).sum(1) / weight.sum(1)
+def openings_of(frames):
+    """Openings (F,A) m of the states of all frames, and how clearly (F,A) the fingers are seen, in model points."""
+    profiles = np.array([[s.profile for s in states] for states in frames])                 # (F,A,W)
+    position = np.array([[s.pose[:3, 3] for s in states] for states in frames])
+    speed = np.linalg.norm(np.diff(position, axis=0), axis=-1)                              # (F-1,A)
+    opening = np.stack([opening_path(profiles[:, a], speed[:, a], frames[0][a].opening)
+                        for a in range(profiles.shape[1])], 1)
+    for t, states in enumerate(frames):
+        for a, s in enumerate(states):
+            if s.width is not None and abs(s.width - opening[t, a]) < 0.006:                # the finer estimate
+                opening[t, a] = s.width
+    return opening, np.ptp(profiles, axis=-1)
 
 
 def closed_flags(opening):
