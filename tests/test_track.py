@@ -220,12 +220,27 @@ def test_hysteresis_follows_events_not_noise():
     assert track.closed_flags(np.full((3, 1), 0.01)).all()       # it starts closed when it starts below half the stroke
 
 
-def test_smoothing_keeps_the_event():
-    step = np.r_[np.full(6, 0.078), np.full(6, 0.02)]
-    noisy = step + 0.002 * np.random.default_rng(0).standard_normal(12)
-    smooth = track.smooth(noisy[:, None], np.ones((12, 1)))[:, 0]
-    assert np.abs(smooth - step).mean() < np.abs(noisy - step).mean()
-    assert abs(smooth[5] - 0.078) < 0.003 and abs(smooth[6] - 0.02) < 0.003
+def seen_at(width, points=20):
+    """A profile: `points` finger points agree at `width`, m, fewer beside it."""
+    return points * np.exp(-((track.WIDTHS - width) / 0.005)**2)
+
+
+def test_opening_path_follows_what_is_seen():
+    true = np.r_[np.full(6, 0.07), np.full(6, 0.02)]
+    profiles = [seen_at(width + 0.002 * draw) for width, draw in
+                zip(true, np.random.default_rng(0).standard_normal(12))]
+    path = track.opening_path(profiles, np.zeros(11), 0.07)
+    assert np.abs(path - true).max() < 0.004
+    profiles[3] = seen_at(0.03, 5)                        # an outlier that a frame before and a frame after deny
+    assert np.abs(track.opening_path(profiles, np.zeros(11), 0.07) - true).max() < 0.004
+
+
+def test_an_unseen_closing_is_put_where_the_hand_rests():
+    profiles = [seen_at(0.07)] * 2 + [np.zeros(len(track.WIDTHS))] * 4 + [seen_at(0.02)] * 2
+    speed = np.full(7, 0.1)
+    speed[3] = 0.0                                        # between frames 3 and 4
+    path = track.opening_path(profiles, speed, 0.07)
+    assert np.abs(path - np.r_[np.full(4, 0.07), np.full(4, 0.02)]).max() < 0.003
 
 
 # ----------------------------------------------------------------------------------------------- files and commands
