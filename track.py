@@ -21,6 +21,7 @@ FoundationPose, arXiv 2312.08344, which the paper uses here and which gives no w
 """
 import argparse
 import sys
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,15 +42,15 @@ STILL = 0.015               # m along the ray, a pixel that changed less since t
 NOISY = 0.002               # m, above this the depth is a generator's: normals of it mean little, edges are blurred
 COARSE = 0.004              # m, of a pixel on the hand
 OCCLUDED = 0.025            # m, what lies so far in front of a model point hides it
-VOXEL = 0.025               # m, of the search
-SEARCHED = 80               # model points that the search uses
-HYPOTHESES = 24             # that survive the search and enter ICP
+VOXEL = 0.03               # m, of the search
+SEARCHED = 60               # model points that the search uses
+HYPOTHESES = 16             # that survive the search and enter ICP
 WIDTHS = np.linspace(0, STROKE, 33)                      # m, the openings that are tried
 FINGER_AGREE = 0.006        # m along the ray, the same for a finger: finer, for fingers slide past each other unnoticed
 SHELL = 0.03                # m, so far outside the hand there is nothing
 EVENT = 0.007               # m, the fingers' way beyond which they have closed or opened
 # Of a pose that is believed: model points that agree, their share of those in view, and the score a point in view
-MIN_AGREE, MIN_SHARE, MIN_SCORE = 60, 0.7, 0.1
+MIN_AGREE, MIN_SHARE, MIN_SCORE = 60, 0.7, 0.25
 WELL = 0.5                  # score a point in view at which the search ends
 HALF_TURN = np.diag([-1.0, -1.0, 1.0, 1.0])  # about the approach axis: it maps the hand onto itself, fingers swapped
 
@@ -319,13 +320,14 @@ def look_up(scene, v, points):
     """Points (...,3) in ref -> their pixels y, x in view v (clipped into the image), z, and whether they are in the
     image."""
     H, W = scene.depth.shape[1:]
-    in_cam = points @ scene.ref_in_view[v, :3, :3].T + scene.ref_in_view[v, :3, 3]
-    f, z = scene.intrinsics[v], in_cam[..., 2]
-    in_front = np.maximum(z, 1e-3)
-    x = np.rint(np.clip(f[0, 0] * in_cam[..., 0] / in_front + f[0, 2], -1, W)).astype(int)
-    y = np.rint(np.clip(f[1, 1] * in_cam[..., 1] / in_front + f[1, 2], -1, H)).astype(int)
-    inside = (z > 0.05) & (x >= 0) & (x < W) & (y >= 0) & (y < H)
-    return y.clip(0, H - 1), x.clip(0, W - 1), z, inside
+    seen = (scene.intrinsics[v] @ scene.ref_in_view[v, :3]).astype(np.float32)              # ref -> pixels times z
+    pixel = points.astype(np.float32) @ seen[:, :3].T + seen[:, 3]
+    z = pixel[..., 2]
+    in_front = np.maximum(z, 0.05)
+    x, y = pixel[..., 0] / in_front, pixel[..., 1] / in_front
+    inside = (z > 0.05) & (x > -0.5) & (x < W - 0.5) & (y > -0.5) & (y < H - 0.5)
+    # half a pixel more, so that cutting off rounds
+    return (y + 0.5).clip(0, H - 1).astype(np.int32), (x + 0.5).clip(0, W - 1).astype(np.int32), z, inside
 
 
 def gather(scene):
@@ -366,39 +368,41 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
     K, V, (H, W) = len(poses), len(scene.depth), scene.depth.shape[1:]
     N = len(model.points) if count is None else min(count, len(model.points))
     rotation = poses[:, :3, :3].mT
-    points = at_opening(model, opening)[:, :N] @ rotation + poses[:, None, :3, 3]           # (K,N,3) in ref
-    normals = model.normals[:N] @ rotation
+    points = (at_opening(part(model, slice(N)), opening) @ rotation + poses[:, None, :3, 3]).astype(np.float32)
+    normals = (model.normals[:N] @ rotation).astype(np.float32)                             # both (K,N,3), in ref
     visible, still = np.zeros((K, V, N), bool), np.zeros((K, V, N), bool)
     gap, in_shell = np.full((K, V, N), np.nan, np.float32), np.zeros(K, int)
     spacing = model.spacing * np.sqrt(len(model.points) / N)
     for v in range(V):
-        facing = ((scene.view_in_ref[v, :3, 3] - points) * normals).sum(-1) > 0
-        y, x, z, inside = look_up(scene, v, points)
-        k, n = np.nonzero(inside & facing)
-        cell = max(1, round(1.5 * spacing * scene.intrinsics[v, 0, 0] / max(np.median(z), 0.1)))
+        ray = points - scene.view_in_ref[v, :3, 3].astype(np.float32)
+        pixel = np.sqrt((ray[:, 0]**2).sum(-1).mean()) / scene.intrinsics[v, 0, 0]         # its width on the hand, m
+        k, n = np.nonzero(np.einsum("kni,kni->kn", ray, normals) < 0)                       # facing the camera
+        y, x, z, inside = look_up(scene, v, points[k, n])
+        k, n, y, x, z = k[inside], n[inside], y[inside], x[inside], z[inside]
+        cell = max(1, round(1.5 * spacing / pixel))
         rows, columns = H // cell + 1, W // cell + 1
-        key = (k * rows + y[k, n] // cell) * columns + x[k, n] // cell
-        nearest = np.full(K * rows * columns, np.inf)
-        np.minimum.at(nearest, key, z[k, n])
-        front = z[k, n] <= nearest[key] + 0.012
-        k, n = k[front], n[front]
-        measured = scene.depth[v, y[k, n], x[k, n]]
+        key = (k * rows + y // cell) * columns + x // cell
+        nearest = np.full(K * rows * columns, np.inf, np.float32)
+        np.minimum.at(nearest, key, z)
+        front = z <= nearest[key] + 0.012
+        k, n, y, x, z = k[front], n[front], y[front], x[front], z[front]
+        measured = scene.depth[v, y, x]
         visible[k, v, n] = True
-        off = np.where(measured > 0, measured - z[k, n], np.nan)
-        unchanged = scene.still[v, y[k, n], x[k, n]]
-        coarse = np.median(z) / scene.intrinsics[v, 0, 0] > COARSE
+        off = np.where(measured > 0, measured - z, np.nan)
+        unchanged = scene.still[v, y, x]
+        coarse = pixel > COARSE
         # at blurred or coarse edges and outliers a neighbouring pixel may speak
         if scene.noise > NOISY or coarse and not strict:
             r = 1 if coarse else 2
             for dy, dx in ((0, r), (0, -r), (r, 0), (-r, 0)):
-                row, column = (y[k, n] + dy).clip(0, H - 1), (x[k, n] + dx).clip(0, W - 1)
+                row, column = (y + dy).clip(0, H - 1), (x + dx).clip(0, W - 1)
                 other = scene.depth[v, row, column]
-                better = (other > 0) & (np.abs(other - z[k, n]) < np.abs(off)) & ~scene.still[v, row, column]
-                off, unchanged = np.where(better, other - z[k, n], off), unchanged & ~better
+                better = (other > 0) & (np.abs(other - z) < np.abs(off)) & ~scene.still[v, row, column]
+                off, unchanged = np.where(better, other - z, off), unchanged & ~better
         still[k, v, n] = unchanged
         gap[k, v, n] = off
         if shell:
-            air = model.shell[:N]
+            air = np.flatnonzero(model.shell[:N])
             y, x, z, inside = look_up(scene, v, points[:, air] + SHELL * normals[:, air])
             in_shell += (inside & ~scene.still[v, y, x] & (np.abs(scene.depth[v, y, x] - z) < 0.5 * SHELL)).sum(1)
     return SimpleNamespace(
@@ -441,7 +445,7 @@ def search(model, scene, centre, rotations, radius, keep):
     filled[tuple(cells.T)] = True
     distance = distance_transform_edt(~filled) * VOXEL
     axis = (np.arange(size) - half) * VOXEL
-    grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3) + centre
+    grid = (np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3) + centre).astype(np.float32)
     free = np.zeros(len(grid), bool)
     for v in range(len(scene.depth)):
         y, x, z, inside = look_up(scene, v, grid)
@@ -497,7 +501,7 @@ def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view
     return poses
 
 
-def settle(model, scene, cloud, poses, before, keep=4, cost=lambda poses: 0.0):
+def settle(model, scene, cloud, poses, before, keep=3, cost=lambda poses: 0.0):
     """Hypotheses -> the best `keep` of them, refined, each with the opening that suits it.
 
     Which of them is right is decided without the fingers first: they may have moved. cost(poses) (K,) comes off their
@@ -683,7 +687,7 @@ def believed(model, scene, pose, opening, cost=0.0, anew=False):
     if scene.noise > NOISY:                               # outliers and blurred edges contradict any pose
         sure = agree >= 1.5 * MIN_AGREE and agree >= 2 * contradict
     else:
-        sure = agree >= max(MIN_AGREE, MIN_SHARE * in_view) and score - cost >= (0.4 if anew else MIN_SCORE) * in_view
+        sure = agree >= max(MIN_AGREE, MIN_SHARE * in_view) and score - cost >= (2 if anew else 1) * MIN_SCORE * in_view
     return bool(sure), score, agree
 
 
@@ -706,14 +710,17 @@ def track_one(model, scene, state, dt):
     cost = lambda poses: np.min([travel(poses, guess, 1 + state.missed) for guess in guesses], axis=0)
     hand = part(model, model.slide == 0)
     poses, openings, seen = settle(model, scene, cloud, guesses, state.opening, cost=cost)
+    best = np.argmax(seen.score - cost(poses))
+    rests = np.linalg.norm(poses[best, :3, 3] - guesses[:, :3, 3], axis=1).min() < 0.02
+    found = rests and fits_well(seen, cost(poses)) and seen.score[best] > 0.8 * state.score
     for turns in FANS:
-        best = np.argmax(seen.score - cost(poses))
-        rests = np.linalg.norm(poses[best, :3, 3] - guesses[:, :3, 3], axis=1).min() < 0.02
-        if seen.score[best] - cost(poses)[best] > WELL * seen.in_view[best] and seen.agree[best] > MIN_AGREE and \
-                (turns is not FANS[0] or rests and seen.score[best] > 0.8 * state.score):
-            break
-        wide = search(hand, scene, state.pose[:3, 3], state.pose[:3, :3] @ turns, radius, HYPOTHESES)
-        poses, openings, seen = settle(model, scene, cloud, np.concatenate([poses, wide]), state.opening, cost=cost)
+        if not found:
+            wide = search(hand, scene, state.pose[:3, 3], state.pose[:3, :3] @ turns, radius, 4 * HYPOTHESES)
+        for some in (slice(HYPOTHESES), slice(HYPOTHESES, None)):
+            if not found:
+                poses, openings, seen = settle(model, scene, cloud, np.concatenate([poses, wide[some]]), state.opening,
+                                               cost=cost)
+                found = fits_well(seen, cost(poses))
     best = np.argmax(seen.score - cost(poses))
     opening = openings[best]
     pose, fitness, rmse = polish(model, scene, cloud, poses[best], opening)
@@ -727,8 +734,14 @@ def track_one(model, scene, state, dt):
         return lost
     return SimpleNamespace(
         pose=pose, motion=np.eye(4) if state.missed else invert(state.pose) @ pose, opening=opening, score=score,
-        agree=agree, missed=0, lost=False, fitness=fitness, inlier_rmse=rmse, profile=profile,
+        agree=agree, missed=0, lost=False, gone=False, fitness=fitness, inlier_rmse=rmse, profile=profile,
         width=slide_fingers(model, scene, cloud, pose, opening))
+
+
+def fits_well(seen, cost):
+    """Whether the best of K hypotheses, of which `evidence` said `seen`, is so good that no more are needed."""
+    best = np.argmax(seen.score - cost)
+    return seen.score[best] - cost[best] > WELL * seen.in_view[best] and seen.agree[best] > MIN_AGREE
 
 
 def travel(poses, guess, frames):
@@ -738,6 +751,12 @@ def travel(poses, guess, frames):
     cosine = (np.einsum("kij,ij->k", poses[:, :3, :3], guess[:3, :3]) - 1) / 2
     turn = np.degrees(np.arccos(cosine.clip(-1, 1))) / frames
     return 10 * (shift / 0.15)**2 + 10 * (turn / 30)**2 + 1e4 * (turn > 90)
+
+
+def overlap(a, b):
+    """Whether two hands, gripper_in_ref (4,4) each, would be in each other's place: palms nearer than 7 cm."""
+    palm = np.array([0, 0, 0.05])
+    return np.linalg.norm(transform(palm, a) - transform(palm, b)) < 0.07
 
 
 def claim(model, scene, state):
@@ -755,7 +774,8 @@ def claim(model, scene, state):
 
 def first_state(pose, opening):
     return SimpleNamespace(pose=pose, motion=np.eye(4), opening=float(opening), score=0.0, agree=0.0, missed=0,
-                           lost=False, fitness=1.0, inlier_rmse=0.0, profile=np.zeros(len(WIDTHS)), width=opening)
+                           lost=False, gone=False, fitness=1.0, inlier_rmse=0.0, profile=np.zeros(len(WIDTHS)),
+                           width=opening)
 
 
 def track(prediction, init="auto", model=None, progress=False):
@@ -814,13 +834,14 @@ def track(prediction, init="auto", model=None, progress=False):
     frames = [states]
     for t in tqdm(range(T), desc="tracking", unit="frame", disable=not progress):
         scene = make_scene(p["points"][:, t], p["valid"][:, t], p["intrinsics"], p["view_in_ref"], observed, here)
-        states = list(states)
-        for a in sorted(range(A), key=lambda a: -states[a].agree):  # the better seen hand first
-            if states[a].__dict__.get("gone"):
-                continue
-            states[a] = track_one(models[a], scene, states[a], 1 / p["fps"])
-            if not states[a].lost:
-                claim(model, scene, states[a])
+        before, states = states, [s if s.gone else track_one(m, scene, s, 1 / p["fps"]) for m, s in zip(models, states)]
+        for a, b in combinations(range(A), 2):
+            if not (states[a].lost or states[b].lost) and overlap(states[a].pose, states[b].pose):
+                # two hands in one place: it is the one's that had the shorter way, the other looks again without it
+                ways = [travel(states[i].pose[None], before[i].pose, 1 + before[i].missed)[0] for i in (a, b)]
+                nearer, other = (a, b) if ways[0] <= ways[1] else (b, a)
+                claim(model, scene, states[nearer])
+                states[other] = track_one(models[other], scene, before[other], 1 / p["fps"])
         frames.append(states)
 
     collect = lambda name: np.array([[getattr(s, name) for s in states] for states in frames])
