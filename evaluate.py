@@ -946,6 +946,7 @@ ASTRAY = 0.05               # metres from the script's path at which a hand coun
 STRIDE = data.HZ // data.CLIP_HZ                            # steps of the world per frame of a clip
 FAILURES = ("generation", "tracking", "execution")
 PUBLISHED_SUCCESS = {1: ".73", 2: ".67", 3: ".53"}
+PLACED = 128, 160           # the image size at which cameras are placed; each row then films in its own
 CHUNKS = 3                  # observations per rollout; one carries the hand for five seconds
 
 
@@ -1051,7 +1052,8 @@ def rollout(task, seed, size, imagine, generated, views=2, frames=10):
     world = data.World(task)
     world.reset(seed)
     grippers, _ = world.demonstration
-    cameras = place_cameras(world, np.random.default_rng([task, seed, 2]), size, views)
+    intrinsics, cam_in_world = place_cameras(world, np.random.default_rng([task, seed, 2]), PLACED, views)
+    cameras = data.scale_intrinsics(intrinsics, PLACED, size), cam_in_world
     failure = None
     for start in range(0, CHUNKS * frames * STRIDE, frames * STRIDE):
         observation = observe(world, cameras, size)
@@ -1072,7 +1074,10 @@ def rollout(task, seed, size, imagine, generated, views=2, frames=10):
 
 
 def rollouts(task, count, size, out, model=None, vaes=None, clip=None, steps=25, frames=10, device="cpu"):
-    """The success rates of a trained model, of the oracle, and of holding still, on the same worlds and cameras."""
+    """The success rates of a trained model, of the oracle, and of holding still, on the same worlds and cameras.
+
+    The model films in its own size; the oracle in `size`, and in the model's too, so that what the pixels cost is seen.
+    """
     def generate(observation, world, start, cameras):
         seen = [observation[key] for key in ("observed_rgb", "observed_depth", "intrinsics")]
         own_points, _ = data.point_maps(*seen[1:])
@@ -1082,16 +1087,19 @@ def rollouts(task, count, size, out, model=None, vaes=None, clip=None, steps=25,
         rgb, points = sample.sample_views(model, vaes, clip, *observed, frames, steps, generator=generator)
         return sample.to_prediction(*seen, rgb[0], points[0])
 
-    rows = {"oracle: the true future": (lambda _, *now: scripted_future(*now, size, frames), False),
-            "hold still": (lambda *_: None, False)}
+    oracle = lambda size: (lambda _, *now: scripted_future(*now, size, frames), False, size)
+    rows = {f"oracle: the true future, {size[0]} x {size[1]}": oracle(size),
+            "hold still": (lambda *_: None, False, size)}
     if model is not None:
-        rows = {"ours": (generate, True), **rows}
+        own = model.preset.height, model.preset.width
+        rows = {f"ours, {own[0]} x {own[1]}": (generate, True, own),
+                f"oracle: the true future, {own[0]} x {own[1]}": oracle(own), **rows}
     results = {}
     lines = ["| | success | Wilson 95 % | " + " | ".join(f"failed: {reason}" for reason in FAILURES) + " |",
              "|---" * 6 + "|"]
-    for label, (imagine, generated) in rows.items():
+    for label, (imagine, generated, row_size) in rows.items():
         tries = range(ROLLOUT_SEED, ROLLOUT_SEED + count)
-        outcomes = [rollout(task, seed, size, imagine, generated, frames=frames)
+        outcomes = [rollout(task, seed, row_size, imagine, generated, frames=frames)
                     for seed in tqdm(tries, desc=label, unit="rollout")]
         won = outcomes.count("success")
         low, high = wilson_interval(won, count)
@@ -1101,8 +1109,8 @@ def rollouts(task, count, size, out, model=None, vaes=None, clip=None, steps=25,
         lines.append(f"| {label} | {won}/{count} = {won / count:.2f} | {low:.2f}-{high:.2f} | "
                      + " | ".join(str(failures[reason]) for reason in FAILURES) + " |")
     lines.append(f"| *paper: ours, 30 rollouts* | {PUBLISHED_SUCCESS[task]} | | | | |")
-    lines += ["", f"- task {task} ({data.TASKS[task].name}), synthetic world, {size[0]} x {size[1]}. A rollout has two "
-              f"new cameras, the best-seeing of 16, and at most {CHUNKS} observations, {frames} frames after each"]
+    lines += ["", f"- task {task} ({data.TASKS[task].name}), synthetic world. A rollout has two new cameras, the "
+              f"best-seeing of 16, and at most {CHUNKS} observations, {frames} frames after each"]
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "rollouts.json").write_text(json.dumps(dict(task=task, size=size, rows=results), indent=1))
@@ -1143,7 +1151,8 @@ def main():
     add("--train_steps", type=int, help="steps of each row of --ablation [train.py's default]")
     add("--preset", help="of --ablation [train.py's default]")
     add("--rollout", type=int, metavar="N", help="N closed-loop tries in the synthetic world, with RUN's model if any")
-    add("--size", type=data.parse_size, default=(128, 160), help="HEIGHTxWIDTH of a --rollout without a model, pixels")
+    add("--size", type=data.parse_size, default=(128, 160),
+        help="HEIGHTxWIDTH of the oracle's video in --rollout, pixels")
     args = parser.parse_args()
     if not args.task and not args.predictions:
         raise ValueError("say --task N, or --predictions DIR")
@@ -1157,13 +1166,13 @@ def main():
     predictions = lambda run, seed: sample_test(run, folder, run / "evaluation" / f"seed_{seed}", seed, args.clips,
                                                 args.views, args.frames, args.steps, device)
     if args.rollout:
-        loaded, size = (None, None, None), args.size
+        loaded = None, None, None
         if (run / "model.json").exists():
             loaded = sample.load_run(run, device)
-            size = loaded[0].preset.height, loaded[0].preset.width
         else:
             print(f"no model in {run}: oracle and hold-still rows only")
-        rollouts(args.task, args.rollout, size, args.out or run / "rollouts", *loaded, args.steps, args.frames, device)
+        rollouts(args.task, args.rollout, args.size, args.out or run / "rollouts", *loaded, args.steps, args.frames,
+                 device)
         return
     if args.ablation:
         flags = ["--steps", str(args.train_steps)] if args.train_steps else []
