@@ -593,5 +593,5 @@ def test_rollout_table(perfect_tracker, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "--task", 1, "--rollout", 2, "--size", "16x20")
     rows = json.loads((tmp_path / "runs/task_1/rollouts/rollouts.json").read_text())["rows"]
-    assert rows["oracle: the true future"]["success"] == 2 and rows["hold still"]["success"] == 0
+    assert rows["oracle: the true future, 16 x 20"]["success"] == 2 and rows["hold still"]["success"] == 0
     assert "oracle and hold-still rows only" in capsys.readouterr().out

@@ -292,6 +292,41 @@ def test_command_line(tmp_path, video):
     assert (tmp_path / "out/overlay.gif").stat().st_size > 1000 and (tmp_path / "out/path.png").stat().st_size > 1000
 
 
+def test_another_rigid_thing_is_tracked(tmp_path):
+    """An L of two boxes goes up, along and around; first from its pose, then from its mask alone."""
+    boxes = data.box((0.14, 0.06, 0.04), (0, 0, 0)), data.box((0.04, 0.06, 0.1), (0.05, 0, 0.07))
+    table = data.box((2, 2, 0.02), (0, 0, -0.01))
+    vertices = np.concatenate([v for v, _ in boxes])
+    faces = np.concatenate([boxes[0][1], boxes[1][1] + len(boxes[0][0])])
+    turns = Rotation.from_euler("z", [[0], [10], [25], [40], [40]], degrees=True).as_matrix()
+    poses = track.rigid(turns, np.stack([[0, 0.03, 0.1, 0.14, 0.14], np.zeros(5), [0.02, 0.08, 0.15, 0.15, 0.1]], 1))
+    seen = [data.rasterize(np.stack([data.transform(np.concatenate([data.transform(vertices, pose), table[0]]),
+                                                    data.invert(c)) for c in CAMERAS]),
+                           np.concatenate([faces, table[1] + len(vertices)]), INTRINSICS, *SIZE) for pose in poses]
+    depth, face = (np.stack(x, 1) for x in zip(*seen))
+    world_in_ref = data.invert(CAMERAS[0])
+    own, valid = data.point_maps(depth, INTRINSICS[:, None])
+    points = data.transform(own, world_in_ref @ CAMERAS).astype(np.float32)
+    np.savez(tmp_path / "prediction.npz", points=points[:, 1:], valid=valid[:, 1:], intrinsics=INTRINSICS, fps=2.0,
+             view_in_ref=world_in_ref @ CAMERAS, observed_depth=depth[:, 0],
+             observed_object=(face[:, 0] >= 0) & (face[:, 0] < len(faces)),
+             observed_rgb=np.zeros((2, *SIZE, 3), np.uint8), rgb=np.zeros((2, 4, *SIZE, 3), np.uint8))
+    (tmp_path / "thing.obj").write_text("".join("v {} {} {}\n".format(*v) for v in vertices)
+                                        + "".join("f {} {} {}\n".format(*f) for f in faces + 1))
+    truth = world_in_ref @ poses
+    np.savetxt(tmp_path / "pose.txt", truth[0])
+    for flags in (("--object_pose", tmp_path / "pose.txt"), ()):
+        done = run("--prediction", tmp_path / "prediction.npz", "--object", tmp_path / "thing.obj", *flags)
+        assert done.returncode == 0 and "5 of 5 frames tracked" in done.stdout, done.stderr
+        with np.load(tmp_path / "trajectory.npz") as result:
+            assert distance(result["gripper_in_ref"][:, 0], truth).max() < 0.01
+            assert angle(result["gripper_in_ref"][:, 0], truth).max() < 6
+    np.savetxt(tmp_path / "pose.txt", truth[0, :3])
+    done = run("--prediction", tmp_path / "prediction.npz", "--object", tmp_path / "thing.obj",
+               "--object_pose", tmp_path / "pose.txt")
+    assert done.returncode != 0 and "expected four lines of four numbers" in done.stderr
+
+
 def test_one_line_errors(tmp_path, video):
     done = run("--prediction", tmp_path / "no.npz")
     assert (
