@@ -6,18 +6,19 @@
     python track.py --episode data/task_1/episode_000 --cameras 12 13  # a packed episode's true pointmaps, with errors
     python track.py --episode ... --object box.obj                        # any other rigid mesh, from its first mask
 
-For every frame: (1) what has not changed since the observed frame is scenery; (2) a voxel search over all places the
-hand can have reached, (3) ICP of the best few, with the model points that are visible at the estimate, (4)
-render-and-compare decides, counting what agrees, what should be seen and is not, and what is there and should not be,
-(5) the fingers are slid along y until they fit. All views' points lie in one frame, so that they are fused by simply
-being put together.
+For every frame: (1) what has not changed since the observed frame is scenery; (2) where the hand is not at rest, a
+voxel search over all places and turns that it can have reached; (3) ICP of the best few, with the model points that
+are visible at the estimate, without the fingers, which may have moved; (4) render-and-compare decides, counting what
+agrees, what should be seen and is not, and what is there and should not be; (5) every opening of the fingers is held
+against the points. After the last frame the likeliest path through all frames' openings is taken. All views' points
+lie in one frame, so that they are fused by simply being put together.
 
 Letters   K hypotheses, N model points, M scene points, V views, F = 1 observed + T frames, A arms, H W pixels
 Frames    ref: the reference camera (view 0); cam: a view's own camera; gripper: Franka's hand frame (z out of the palm,
           fingers slide along y). `a_in_b` is the 4 x 4 that takes a-coordinates to b-coordinates. Metres, radians.
 
 References: Besl and McKay 1992 (ICP); Chen and Medioni 1991 (point-to-plane); Kabsch 1976; Tukey's biweight;
-FoundationPose, arXiv 2312.08344, which the paper uses here and which gives no word when it is lost.
+Viterbi 1967; FoundationPose, arXiv 2312.08344, which the paper uses here and which gives no word when it is lost.
 """
 import argparse
 import sys
@@ -42,7 +43,7 @@ STILL = 0.015               # m along the ray, a pixel that changed less since t
 NOISY = 0.002               # m, above this the depth is a generator's: normals of it mean little, edges are blurred
 COARSE = 0.004              # m, of a pixel on the hand
 OCCLUDED = 0.025            # m, what lies so far in front of a model point hides it
-VOXEL = 0.03               # m, of the search
+VOXEL = 0.03                # m, of the search
 SEARCHED = 60               # model points that the search uses
 HYPOTHESES = 16             # that survive the search and enter ICP
 WIDTHS = np.linspace(0, STROKE, 33)                      # m, the openings that are tried
@@ -86,23 +87,17 @@ def make_model(bodies, counts, seed=0):
     starts = np.cumsum([0] + [len(v) for v, _, _ in bodies])
     order = np.random.default_rng(seed).permutation(len(points))  # so that the first n points are a sample of them all
     model = SimpleNamespace(
-        points=points[order],
-        normals=normals[order],
-        slide=np.repeat(slides, counts)[order],
+        points=points[order], normals=normals[order], slide=np.repeat(slides, counts)[order],
         vertices=np.concatenate([v for v, _, _ in bodies]),
         faces=np.concatenate([f + s for (_, f, _), s in zip(bodies, starts)]),
-        vertex_slide=np.repeat(slides, [len(v) for v, _, _ in bodies]),
-    )
+        vertex_slide=np.repeat(slides, [len(v) for v, _, _ in bodies]))
     model.reach = np.linalg.norm(model.points, axis=1).max() + STROKE / 2 * bool(np.any(slides))
-    area = sum(
-        np.linalg.norm(np.cross(v[f[:, 1]] - v[f[:, 0]], v[f[:, 2]] - v[f[:, 0]]), axis=1).sum() / 2
-        for v, f, _ in bodies
-    )
+    area = sum(np.linalg.norm(np.cross(v[f[:, 1]] - v[f[:, 0]], v[f[:, 2]] - v[f[:, 0]]), axis=1).sum() / 2
+               for v, f, _ in bodies)
     model.spacing = np.sqrt(area / len(points))
     above = model.points + SHELL * model.normals
-    away = [
-        cKDTree(at_opening(model, [w])[0]).query(at_opening(model, [w], above)[0])[0] for w in (0, STROKE / 2, STROKE)
-    ]
+    away = [cKDTree(at_opening(model, [w])[0]).query(at_opening(model, [w], above)[0])[0]
+            for w in (0, STROKE / 2, STROKE)]
     # None at the flange, where the arm goes on, and none beyond the palm, where an object may be held.
     model.shell = (np.min(away, 0) > 0.8 * SHELL) & (above[:, 2] > 0) & (above[:, 2] < 0.085) & bool(np.any(slides))
     return model
@@ -257,23 +252,20 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
         if target_weight is not None:
             w = w * target_weight[index]
         if trim < 1:
-            limit = (
-                np.nanquantile(np.where(w > 0, distance, np.nan), trim, axis=1, keepdims=True)
-                if (w > 0).any(1).all()
-                else np.inf
-            )
+            limit = np.inf
+            if (w > 0).any(1).all():
+                limit = np.nanquantile(np.where(w > 0, distance, np.nan), trim, axis=1, keepdims=True)
             w = w * (distance <= limit)
         partner = target[index]
-        normal = (
-            normals @ T[:, :3, :3].mT
-            if normals is not None
-            else None if target_normals is None else target_normals[index]
-        )
+        normal = None if target_normals is None else target_normals[index]
+        if normals is not None:
+            normal = normals @ T[:, :3, :3].mT
         if min_cosine is not None:
             w = w * ((normal * target_normals[index]).sum(-1) > min_cosine)
-        step = (
-            kabsch(moved, partner, w) if normal is None else gauss_newton(moved, partner, normal, w, T[:, :3, 3], slip)
-        )
+        if normal is None:
+            step = kabsch(moved, partner, w)
+        else:
+            step = gauss_newton(moved, partner, normal, w, T[:, :3, 3], slip)
         step[w.sum(1) <= 0] = np.eye(4)
         T = step @ T                                      # R' = dR R; the origin moves by dt
         if np.abs(step - np.eye(4)).max() < tolerance:
@@ -298,15 +290,8 @@ def make_scene(points, valid, intrinsics, view_in_ref, observed=None, here=None)
     ref_in_view = invert(view_in_ref)
     z = np.einsum("vj,vhwj->vhw", ref_in_view[:, 2, :3], points) + ref_in_view[:, 2, 3, None, None]
     depth = np.where(valid & (z > 0), z, 0).astype(np.float32)
-    scene = SimpleNamespace(
-        points=points,
-        depth=depth,
-        intrinsics=intrinsics,
-        ref_in_view=ref_in_view,
-        view_in_ref=view_in_ref,
-        still=np.zeros(depth.shape, bool),
-        noise=0.0,
-    )
+    scene = SimpleNamespace(points=points, depth=depth, intrinsics=intrinsics, ref_in_view=ref_in_view,
+                            view_in_ref=view_in_ref, still=np.zeros(depth.shape, bool), noise=0.0)
     if observed is not None:
         change = np.abs(depth - observed.depth)
         both = (depth > 0) & (observed.depth > 0)
@@ -406,9 +391,8 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
             air = np.flatnonzero(model.shell[:N])
             y, x, z, inside = look_up(scene, v, points[:, air] + SHELL * normals[:, air])
             in_shell += (inside & ~scene.still[v, y, x] & (np.abs(scene.depth[v, y, x] - z) < 0.5 * SHELL)).sum(1)
-    return SimpleNamespace(
-        visible=visible, gap=gap, still=still, shell=in_shell, points=points, tolerance=max(AGREE, 3 * scene.noise)
-    )
+    return SimpleNamespace(visible=visible, gap=gap, still=still, shell=in_shell, points=points,
+                           tolerance=max(AGREE, 3 * scene.noise))
 
 
 def evidence(seen):
@@ -485,20 +469,10 @@ def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view
         # (K,n), the others cost time
         shown = np.argsort(~weight, axis=1, kind="stable")[:, :max(1, weight.sum(1).max())]
         source = np.take_along_axis(at_opening(model, opening), shown[..., None], 1)
-        poses, _, _ = icp(
-            source,
-            cloud.points,
-            cloud.normals,
-            poses,
-            distance,
-            4,
-            source_normals=model.normals[shown],
-            weight=np.take_along_axis(weight, shown, 1),
-            slip=slip,
-            min_cosine=0.5 if scene.noise < NOISY else None,
-            tree=cloud.tree,
-            target_weight=None if view_weight is None else view_weight[cloud.view],
-        )
+        poses, _, _ = icp(source, cloud.points, cloud.normals, poses, distance, 4,
+                          source_normals=model.normals[shown], weight=np.take_along_axis(weight, shown, 1), slip=slip,
+                          min_cosine=0.5 if scene.noise < NOISY else None, tree=cloud.tree,
+                          target_weight=None if view_weight is None else view_weight[cloud.view])
     return poses
 
 
@@ -852,17 +826,9 @@ def track(prediction, init="auto", model=None, progress=False):
     opening, fingers = openings_of(frames)
     if "symmetry_score" in extra:
         extra["symmetric_gripper_in_ref"] = gripper_in_ref @ HALF_TURN
-    return dict(
-        gripper_in_ref=gripper_in_ref,
-        gripper_motion=invert(gripper_in_ref[:1]) @ gripper_in_ref[1:],
-        opening=opening,
-        closed=closed_flags(opening),
-        fitness=collect("fitness"),
-        inlier_rmse=collect("inlier_rmse"),
-        lost=lost,
-        fingers=fingers,
-        **extra,
-    )
+    return dict(gripper_in_ref=gripper_in_ref, gripper_motion=invert(gripper_in_ref[:1]) @ gripper_in_ref[1:],
+                opening=opening, closed=closed_flags(opening), fingers=fingers, lost=lost,
+                fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"), **extra)
 
 
 def silhouette(model, scene, pose, opening):
@@ -909,9 +875,8 @@ def check(p):
     """The arrays of a prediction, shapes checked."""
     shape = np.shape(p.get("points", ()))
     if len(shape) != 5 or shape[-1] != 3:
-        raise ValueError(
-            f"the prediction's 'points' has shape {shape}, expected (V,T,H,W,3): an RGB-only model cannot be tracked"
-        )
+        raise ValueError(f"the prediction's 'points' has shape {shape}, expected (V,T,H,W,3): an RGB-only model "
+                         "cannot be tracked")
     V, T, H, W, _ = shape
     for key, want in dict(
         valid=(V, T, H, W), intrinsics=(V, 3, 3), view_in_ref=(V, 4, 4), observed_depth=(V, H, W)
@@ -954,53 +919,32 @@ def episode_prediction(folder, cameras, stride=None, start=0, frames=None):
     grippers = world_in_ref @ episode.gripper_in_world[times]
     arms = grippers.shape[1]
     return dict(
-        rgb=rgb[:, 1:],
-        points=points[:, 1:],
-        valid=valid[:, 1:],
-        intrinsics=episode.intrinsics[cameras],
-        view_in_ref=views_in_ref[:, 0],
-        observed_rgb=rgb[:, 0],
-        observed_depth=depth[:, 0],
+        rgb=rgb[:, 1:], points=points[:, 1:], valid=valid[:, 1:], intrinsics=episode.intrinsics[cameras],
+        view_in_ref=views_in_ref[:, 0], observed_rgb=rgb[:, 0], observed_depth=depth[:, 0],
         observed_gripper=np.stack([label[:, 0] == g for g in (RIGHT_GRIPPER, LEFT_GRIPPER)[:arms]], 1),
-        observed_object=label[:, 0] == OBJECT,
-        observed_gripper_in_ref=grippers[0],
-        observed_opening=episode.gripper_opening[times[0]],
-        fps=episode.rate_hz / stride,
-        ref_in_world=invert(world_in_ref),
-        true_gripper_in_ref=grippers,
-        true_opening=episode.gripper_opening[times],
-    )
+        observed_object=label[:, 0] == OBJECT, observed_gripper_in_ref=grippers[0],
+        observed_opening=episode.gripper_opening[times[0]], fps=episode.rate_hz / stride,
+        ref_in_world=invert(world_in_ref), true_gripper_in_ref=grippers, true_opening=episode.gripper_opening[times])
 
 
 def object_prediction(p, mesh, pose_file=None):
     """The prediction with `--object`'s mask or pose in the gripper's place, and the mesh as a model with one rigid
     body."""
     vertices, faces = load_mesh(mesh)
-    p = {
-        key: value
-        for key, value in p.items()
-        if key
-        not in (
-            "observed_gripper",
-            "observed_gripper_in_ref",
-            "observed_opening",
-            "true_gripper_in_ref",
-            "true_opening",
-        )
-    }
+    of_hands = ("observed_gripper", "observed_gripper_in_ref", "observed_opening", "true_gripper_in_ref",
+                "true_opening")
+    p = {key: value for key, value in p.items() if key not in of_hands}
     if pose_file:
         pose = np.loadtxt(pose_file)
         if pose.shape != (4, 4):
-            raise ValueError(
-                f"--object_pose {pose_file}: shape {pose.shape}, expected four lines of four numbers (object_in_ref)"
-            )
+            raise ValueError(f"--object_pose {pose_file}: shape {pose.shape}, expected four lines of four numbers "
+                             "(object_in_ref)")
         p |= dict(observed_gripper_in_ref=pose[None], observed_opening=np.zeros(1))
     elif "observed_object" in p:
         p["observed_gripper"] = p["observed_object"][:, None]
     else:
-        raise ValueError(
-            "--object needs its first pose (--object_pose FILE) or a prediction with masks 'observed_object' (V,H,W)"
-        )
+        raise ValueError("--object needs its first pose (--object_pose FILE) or a prediction with masks "
+                         "'observed_object' (V,H,W)")
     return p, make_model([(vertices, faces, 0.0)], [800])
 
 
@@ -1027,9 +971,8 @@ def overlay(path, p, trajectory, model):
     large = p["intrinsics"].copy()
     large[:, :2] *= scale
     large[:, :2, 2] += (scale - 1) / 2                    # pixel centres are at integers
-    big = SimpleNamespace(
-        depth=np.zeros((len(rgb), H * scale, W * scale)), intrinsics=large, ref_in_view=invert(p["view_in_ref"])
-    )
+    big = SimpleNamespace(depth=np.zeros((len(rgb), H * scale, W * scale)), intrinsics=large,
+                          ref_in_view=invert(p["view_in_ref"]))
     for t in range(rgb.shape[1]):
         picture = rgb[:, t].repeat(scale, 1).repeat(scale, 2)
         for a in range(trajectory["lost"].shape[1]):
@@ -1063,9 +1006,8 @@ def plot(path, p, trajectory):
         for t in time[trajectory["lost"][:, a]]:
             for axis in axes[:, a]:
                 axis.axvspan(t - 0.4 / p["fps"], t + 0.4 / p["fps"], color="0.8", lw=0)
-        axes[0, a].set(
-            title=f"hand {a} ({('right', 'left')[a % 2]}); grey: lost; dashed: truth", ylabel="gripper_in_ref, m"
-        )
+        axes[0, a].set(title=f"hand {a} ({('right', 'left')[a % 2]}); grey: lost; dashed: truth",
+                       ylabel="gripper_in_ref, m")
         axes[1, a].set(xlabel="time, s", ylabel="opening, mm", ylim=(-3, 85))
         axes[0, a].legend()
         axes[1, a].legend()
@@ -1087,37 +1029,29 @@ def report(p, trajectory):
             shift = np.linalg.norm(got[:, :3, 3] - true[:, :3, 3], axis=1)
             cosine = ((true[:, :3, :3] * got[:, :3, :3]).sum((1, 2)) - 1) / 2
             width = np.abs(trajectory["opening"][:, a] - p["true_opening"][:, a])[~lost]
-            line += (
-                f"; median error {1000 * np.median(shift):.1f} mm, "
-                f"{np.degrees(np.arccos(np.median(cosine).clip(-1, 1))):.1f} degrees, "
-                f"opening {1000 * np.median(width):.1f} mm"
-            )
+            line += (f"; median error {1000 * np.median(shift):.1f} mm, "
+                     f"{np.degrees(np.arccos(np.median(cosine).clip(-1, 1))):.1f} degrees, "
+                     f"opening {1000 * np.median(width):.1f} mm")
         print(line)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prediction", help="prediction.npz of sample.py")
     source.add_argument("--episode", help="a packed episode of data.py: its true pointmaps are tracked")
-    parser.add_argument(
-        "--cameras", type=int, nargs="+", default=[12, 13], help="of --episode, counted from 0, the reference first"
-    )
-    parser.add_argument("--stride", type=int, help="of --episode, recorded frames a step [what makes 2 Hz]")
-    parser.add_argument(
-        "--init",
-        choices=("auto", "pose", "mask"),
-        default="auto",
-        help="first frame from the robot's own pose or from masks",
-    )
-    parser.add_argument("--hand", help="mesh of the hand without fingers, metres, hand frame [built-in]")
-    parser.add_argument("--finger", help="mesh of the left finger at opening 0, metres, hand frame [built-in]")
-    parser.add_argument("--object", help="mesh of another rigid thing to be tracked instead, metres")
-    parser.add_argument("--object_pose", help="text file, 4 x 4 object_in_ref at the observed frame [from its mask]")
-    parser.add_argument("--extrinsics", help="npz with ref_in_world (4,4): adds gripper_in_world")
-    parser.add_argument("--out", help="folder [beside the prediction, or runs/track for an episode]")
+    add = parser.add_argument
+    add("--cameras", type=int, nargs="+", default=[12, 13], help="of --episode, counted from 0, the reference first")
+    add("--stride", type=int, help="of --episode, recorded frames a step [what makes 2 Hz]")
+    add("--init", choices=("auto", "pose", "mask"), default="auto",
+        help="first frame from the robot's own pose or from masks")
+    add("--hand", help="mesh of the hand without fingers, metres, hand frame [built-in]")
+    add("--finger", help="mesh of the left finger at opening 0, metres, hand frame [built-in]")
+    add("--object", help="mesh of another rigid thing to be tracked instead, metres")
+    add("--object_pose", help="text file, 4 x 4 object_in_ref at the observed frame [from its mask]")
+    add("--extrinsics", help="npz with ref_in_world (4,4): adds gripper_in_world")
+    add("--out", help="folder [beside the prediction, or runs/track for an episode]")
     args = parser.parse_args()
     if args.episode:
         p = episode_prediction(args.episode, args.cameras, args.stride)
