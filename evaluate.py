@@ -960,7 +960,7 @@ def observe(world, cameras, size):
                 observed_gripper_in_ref=data.invert(cam_in_world[0]) @ world.gripper_in_world)
 
 
-def place_cameras(world, draw, size, views, candidates=16):
+def place_cameras(world, draw, size, views, candidates=32):
     """Cameras that no episode was filmed with: of `candidates` random ones the V that see most of the hand, as a person
     would place them, when the script hides it most. A hand below a shelf is seen by few, and what no camera sees no
     tracker can follow. Returns intrinsics (V,3,3), cam_in_world (V,4,4).
@@ -1110,7 +1110,7 @@ def rollouts(task, count, size, out, model=None, vaes=None, clip=None, steps=25,
                      + " | ".join(str(failures[reason]) for reason in FAILURES) + " |")
     lines.append(f"| *paper: ours, 30 rollouts* | {PUBLISHED_SUCCESS[task]} | | | | |")
     lines += ["", f"- task {task} ({data.TASKS[task].name}), synthetic world. A rollout has two new cameras, the "
-              f"best-seeing of 16, and at most {CHUNKS} observations, {frames} frames after each"]
+              f"best-seeing of 32, and at most {CHUNKS} observations, {frames} frames after each"]
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "rollouts.json").write_text(json.dumps(dict(task=task, size=size, rows=results), indent=1))

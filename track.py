@@ -52,7 +52,7 @@ SHELL = 0.03                # m, so far outside the hand there is nothing
 EVENT = 0.007               # m, the fingers' way beyond which they have closed or opened
 # Of a pose that is believed: model points that agree, their share of those in view, the score a point in view, and
 # that after a loss. In recorded episodes the true pose scores 0.8 a point in the median, 0.6 in the worst twentieth.
-MIN_AGREE, MIN_SHARE, MIN_SCORE, MIN_SCORE_ANEW = 60, 0.7, 0.25, 0.6
+MIN_AGREE, MIN_SHARE, MIN_SCORE, MIN_SCORE_ANEW = 60, 0.7, 0.25, 0.55
 WELL = 0.5                  # score a point in view at which the search ends
 HALF_TURN = np.diag([-1.0, -1.0, 1.0, 1.0])  # about the approach axis: it maps the hand onto itself, fingers swapped
 
@@ -663,8 +663,8 @@ def believed(model, scene, pose, opening, cost=0.0, anew=False):
     if scene.noise > NOISY:                               # outliers and blurred edges contradict any pose
         sure = agree >= 1.5 * MIN_AGREE and agree >= 2 * contradict
     else:
-        enough = MIN_SCORE_ANEW if anew else MIN_SCORE
-        sure = agree >= max(MIN_AGREE, MIN_SHARE * in_view) and score - cost >= enough * in_view
+        worth = (score - 2 * cost) / MIN_SCORE_ANEW if anew else (score - cost) / MIN_SCORE
+        sure = agree >= max(MIN_AGREE, MIN_SHARE * in_view) and worth >= in_view
     return bool(sure), score, agree
 
 
@@ -814,10 +814,10 @@ def track(prediction, init="auto", model=None, progress=False):
         before, states = states, [s if s.gone else track_one(m, scene, s, 1 / p["fps"]) for m, s in zip(models, states)]
         for a, b in combinations(range(A), 2):
             if not (states[a].lost or states[b].lost) and overlap(states[a].pose, states[b].pose):
-                # two hands in one place: it is the one's that had the shorter way, the other looks again without it
-                ways = [travel(states[i].pose[None], before[i].pose, 1 + before[i].missed)[0] for i in (a, b)]
-                nearer, other = (a, b) if ways[0] <= ways[1] else (b, a)
-                claim(model, scene, states[nearer])
+                # two hands in one place: it is the one's that was not lost, or had the shorter way; the other looks again
+                way = lambda i: (before[i].missed, travel(states[i].pose[None], before[i].pose, 1 + before[i].missed)[0])
+                owner, other = (a, b) if way(a) <= way(b) else (b, a)
+                claim(model, scene, states[owner])
                 states[other] = track_one(models[other], scene, before[other], 1 / p["fps"])
         frames.append(states)
 
