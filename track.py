@@ -45,7 +45,7 @@ COARSE = 0.004              # m, of a pixel on the hand
 OCCLUDED = 0.025            # m, what lies so far in front of a model point hides it
 VOXEL = 0.03                # m, of the search
 SEARCHED = 60               # model points that the search uses
-HYPOTHESES = 16             # that survive the search and enter ICP
+HYPOTHESES = 12             # of the search that enter ICP first; five times as many follow where none of them fits
 WIDTHS = np.linspace(0, STROKE, 33)                      # m, the openings that are tried
 FINGER_AGREE = 0.006        # m along the ray, the same for a finger: finer, for fingers slide past each other unnoticed
 SHELL = 0.03                # m, so far outside the hand there is nothing
@@ -460,7 +460,7 @@ def search(model, scene, centre, rotations, radius, keep):
     return np.concatenate(found)[np.argsort(-np.concatenate(totals))[:keep]]
 
 
-def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view_weight=None):
+def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view_weight=None, iterations=4):
     """ICP of K hypotheses, rendered anew before each of the `distances`: those model points that are visible and not
     hidden."""
     for distance in distances:
@@ -469,7 +469,7 @@ def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view
         # (K,n), the others cost time
         shown = np.argsort(~weight, axis=1, kind="stable")[:, :max(1, weight.sum(1).max())]
         source = np.take_along_axis(at_opening(model, opening), shown[..., None], 1)
-        poses, _, _ = icp(source, cloud.points, cloud.normals, poses, distance, 4,
+        poses, _, _ = icp(source, cloud.points, cloud.normals, poses, distance, iterations,
                           source_normals=model.normals[shown], weight=np.take_along_axis(weight, shown, 1), slip=slip,
                           min_cosine=0.5 if scene.noise < NOISY else None, tree=cloud.tree,
                           target_weight=None if view_weight is None else view_weight[cloud.view])
@@ -484,7 +484,7 @@ def settle(model, scene, cloud, poses, before, keep=3, cost=lambda poses: 0.0):
     """
     hand = part(model, model.slide == 0)
     none = np.zeros(len(poses))
-    poses = refine(hand, scene, cloud, poses, none, (0.05, 0.03), 120, slip=0.3)
+    poses = refine(hand, scene, cloud, poses, none, (0.05, 0.03), 120, slip=0.3, iterations=3)
     score = evidence(compare(hand, scene, poses, none, 250, shell=True)).score
     poses = distinct(poses, score * len(hand.points) / 250 - cost(poses), 2 * keep)
     poses = refine(hand, scene, cloud, poses, none[:len(poses)], (0.03, 0.015), 250)
@@ -672,9 +672,9 @@ def track_one(model, scene, state, dt):
     """The next pose of one hand. state: pose, motion (of the last step, in the gripper's frame), opening, score,
     missed frames.
 
-    First the quick way, from where the hand was and where its velocity takes it; if that does not fit well, all places
-    in reach, turned a little; then turned a lot. Returns a new state; where nothing is borne out, `lost` is true and
-    the pose is held.
+    First the quick way, where the hand was and where its velocity takes it; if it does not fit there, all places in
+    reach, turned a little; then turned a lot. Returns a new state; where nothing is borne out, `lost` is true and the
+    pose is held.
     """
     radius = min(MAX_SPEED * dt * (1 + state.missed), 0.45)
     lost = SimpleNamespace(**{**vars(state), "lost": True, "missed": state.missed + 1, "motion": np.eye(4),
@@ -686,13 +686,14 @@ def track_one(model, scene, state, dt):
     # What the robot did before it does on: far and turned costs points, little beside those that a wrong place loses.
     cost = lambda poses: np.min([travel(poses, guess, 1 + state.missed) for guess in guesses], axis=0)
     hand = part(model, model.slide == 0)
-    poses, openings, seen = settle(model, scene, cloud, guesses, state.opening, cost=cost)
-    best = np.argmax(seen.score - cost(poses))
-    rests = np.linalg.norm(poses[best, :3, 3] - guesses[:, :3, 3], axis=1).min() < 0.02
-    found = rests and fits_well(seen, cost(poses)) and seen.score[best] > 0.8 * state.score
+    poses, found = guesses, False
+    seen = evidence(compare(model, scene, guesses, np.full(2, state.opening), shell=True))
+    if fits_well(seen, cost(guesses)) and seen.score.max() > 0.8 * state.score:
+        poses, openings, seen = settle(model, scene, cloud, guesses, state.opening, cost=cost)
+        found = fits_well(seen, cost(poses))
     for turns in FANS:
         if not found:
-            wide = search(hand, scene, state.pose[:3, 3], state.pose[:3, :3] @ turns, radius, 4 * HYPOTHESES)
+            wide = search(hand, scene, state.pose[:3, 3], state.pose[:3, :3] @ turns, radius, 6 * HYPOTHESES)
         for some in (slice(HYPOTHESES), slice(HYPOTHESES, None)):
             if not found:
                 poses, openings, seen = settle(model, scene, cloud, np.concatenate([poses, wide[some]]), state.opening,
@@ -814,8 +815,9 @@ def track(prediction, init="auto", model=None, progress=False):
         before, states = states, [s if s.gone else track_one(m, scene, s, 1 / p["fps"]) for m, s in zip(models, states)]
         for a, b in combinations(range(A), 2):
             if not (states[a].lost or states[b].lost) and overlap(states[a].pose, states[b].pose):
-                # two hands in one place: it is the one's that was not lost, or had the shorter way; the other looks again
-                way = lambda i: (before[i].missed, travel(states[i].pose[None], before[i].pose, 1 + before[i].missed)[0])
+                # two hands in one place: it is the one's that was not lost, or had the shorter way; the other looks
+                # again
+                way = lambda i: (before[i].missed, travel(states[i].pose[None], before[i].pose, 1)[0])
                 owner, other = (a, b) if way(a) <= way(b) else (b, a)
                 claim(model, scene, states[owner])
                 states[other] = track_one(models[other], scene, before[other], 1 / p["fps"])
