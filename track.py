@@ -398,7 +398,7 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
 def evidence(seen):
     """Of what `compare` saw: score, agree, contradict and in_view, (K,) each, in model points.
 
-    A point that should be seen and is not, or that lies on scenery, weighs three times one that agrees: an arm or the
+    A point that should be seen and is not, or that lies on scenery, weighs five times one that agrees: an arm or the
     held object often hides the hand, and nearly never does one look through it.
     """
     gap = np.where(seen.visible, seen.gap, np.nan)
@@ -466,7 +466,7 @@ def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view
     for distance in distances:
         seen = compare(model, scene, poses, opening, count)
         weight = (seen.visible & ~(seen.gap < -OCCLUDED)).any(1)
-        # (K,n), the others cost time
+        # the others would cost time; (K,n)
         shown = np.argsort(~weight, axis=1, kind="stable")[:, :max(1, weight.sum(1).max())]
         source = np.take_along_axis(at_opening(model, opening), shown[..., None], 1)
         poses, _, _ = icp(source, cloud.points, cloud.normals, poses, distance, iterations,
@@ -486,7 +486,7 @@ def settle(model, scene, cloud, poses, before, keep=3, cost=lambda poses: 0.0):
     none = np.zeros(len(poses))
     poses = refine(hand, scene, cloud, poses, none, (0.05, 0.03), 120, slip=0.3, iterations=3)
     score = evidence(compare(hand, scene, poses, none, 250, shell=True)).score
-    poses = distinct(poses, score * len(hand.points) / 250 - cost(poses), 2 * keep)
+    poses = distinct(poses, score * max(1, len(hand.points) / 250) - cost(poses), 2 * keep)
     poses = refine(hand, scene, cloud, poses, none[:len(poses)], (0.03, 0.015), 250)
     score = evidence(compare(hand, scene, poses, none[:len(poses)], shell=True)).score
     poses = distinct(poses, score - cost(poses), keep)
@@ -656,8 +656,8 @@ def unexplained(model, cloud, poses, opening):
 
 
 def believed(model, scene, pose, opening, cost=0.0, anew=False):
-    """Whether render-and-compare bears a pose out, `cost` taken off its score: (bool, score, agree). `anew`, after a
-    loss, nothing else speaks for the place, so that it has to fit better."""
+    """Whether render-and-compare bears a pose out, `cost` taken off its score: (bool, score). `anew`, after a loss,
+    nothing else speaks for the place, so that it has to fit better."""
     seen = evidence(compare(model, scene, pose[None], np.array([opening]), shell=True))
     score, agree, contradict, in_view = (x[0] for x in (seen.score, seen.agree, seen.contradict, seen.in_view))
     if scene.noise > NOISY:                               # outliers and blurred edges contradict any pose
@@ -665,7 +665,7 @@ def believed(model, scene, pose, opening, cost=0.0, anew=False):
     else:
         worth = (score - 2 * cost) / MIN_SCORE_ANEW if anew else (score - cost) / MIN_SCORE
         sure = agree >= max(MIN_AGREE, MIN_SHARE * in_view) and worth >= in_view
-    return bool(sure), score, agree
+    return bool(sure), score
 
 
 def track_one(model, scene, state, dt):
@@ -707,12 +707,12 @@ def track_one(model, scene, state, dt):
         pose = state.pose
     profile = finger_profile(model, scene, pose)
     opening = likeliest(profile, state.opening)
-    sure, score, agree = believed(model, scene, pose, opening, cost(pose[None])[0], state.missed > 0)
+    sure, score = believed(model, scene, pose, opening, cost(pose[None])[0], state.missed > 0)
     if not sure:
         return lost
     return SimpleNamespace(
         pose=pose, motion=np.eye(4) if state.missed else invert(state.pose) @ pose, opening=opening, score=score,
-        agree=agree, missed=0, lost=False, gone=False, fitness=fitness, inlier_rmse=rmse, profile=profile,
+        missed=0, lost=False, gone=False, fitness=fitness, inlier_rmse=rmse, profile=profile,
         width=slide_fingers(model, scene, cloud, pose, opening))
 
 
@@ -751,7 +751,7 @@ def claim(model, scene, state):
 
 
 def first_state(pose, opening):
-    return SimpleNamespace(pose=pose, motion=np.eye(4), opening=float(opening), score=0.0, agree=0.0, missed=0,
+    return SimpleNamespace(pose=pose, motion=np.eye(4), opening=float(opening), score=0.0, missed=0,
                            lost=False, gone=False, fitness=1.0, inlier_rmse=0.0, profile=np.zeros(len(WIDTHS)),
                            width=opening)
 
@@ -759,7 +759,7 @@ def first_state(pose, opening):
 def track(prediction, init="auto", model=None, progress=False):
     """Track every gripper of a 4D video.
 
-    prediction: a dict with the arrays of prediction.npz (DESIGN: points (V,T,H,W,3) in ref, valid, intrinsics,
+    prediction: a dict with the arrays of prediction.npz (points (V,T,H,W,3) in ref, valid, intrinsics,
     view_in_ref, observed_depth, fps, and observed_gripper_in_ref + observed_opening, or observed_gripper masks). init
     'pose' | 'mask' | 'auto': the pose if it is known. model: of hand_model or make_model.
     Returns the arrays of trajectory.npz: gripper_in_ref (F,A,4,4), gripper_motion (T,A,4,4) from the first frame in
@@ -801,7 +801,7 @@ def track(prediction, init="auto", model=None, progress=False):
             c, posed = observed.candidates, transform(at_opening(models[a], [state.opening])[0], state.pose)
             on = np.isfinite(cKDTree(posed).query(c.points, distance_upper_bound=0.02)[0])
             here[c.view[on], c.row[on], c.column[on]] = True
-            sure, state.score, state.agree = believed(models[a], observed, state.pose, state.opening)
+            sure, state.score = believed(models[a], observed, state.pose, state.opening)
             state.lost = not sure                         # the pose is known, but no view shows the hand
             state.missed = int(not sure)
         states.append(state)
