@@ -801,9 +801,11 @@ def track(prediction, init="auto", model=None, progress=False):
             c, posed = observed.candidates, transform(at_opening(models[a], [state.opening])[0], state.pose)
             on = np.isfinite(cKDTree(posed).query(c.points, distance_upper_bound=0.02)[0])
             here[c.view[on], c.row[on], c.column[on]] = True
-            sure, state.score = believed(models[a], observed, state.pose, state.opening)
-            state.lost = not sure                         # the pose is known, but no view shows the hand
-            state.missed = int(not sure)
+            seen = evidence(compare(models[a], observed, state.pose[None], np.array([state.opening])))
+            state.score = seen.score[0]
+            # A given pose that no view shows is believed, one that the views see through is not.
+            state.lost = bool(seen.contradict[0] > seen.agree[0])
+            state.missed = int(state.lost)
         states.append(state)
     if masks is not None:
         here |= masks.any(1)
