@@ -37,15 +37,15 @@ from data import (RIGHT_GRIPPER, LEFT_GRIPPER, OBJECT, gripper_mesh, invert, loa
                   rasterize, transform)
 
 STROKE = 0.08               # m, the widest opening
-MAX_SPEED = 0.6             # m/s, how far the hand can get between two frames
-AGREE = 0.015               # m along the ray, a model point and the measured one are the same surface
+AGREE = 0.01                # m along the ray, a model point and the measured one are the same surface
 STILL = 0.015               # m along the ray, a pixel that changed less since the observed frame shows scenery
+RECOLOURED = 40             # of 255, a pixel whose colour changed more shows something else
 NOISY = 0.002               # m, above this the depth is a generator's: normals of it mean little, edges are blurred
 COARSE = 0.004              # m, of a pixel on the hand
 OCCLUDED = 0.025            # m, what lies so far in front of a model point hides it
 VOXEL = 0.03                # m, of the search
 SEARCHED = 60               # model points that the search uses
-HYPOTHESES = 12             # of the search that enter ICP first; five times as many follow where none of them fits
+HYPOTHESES = 12             # of a search that enter ICP first; the others follow where none of them fits
 WIDTHS = np.linspace(0, STROKE, 33)                      # m, the openings that are tried
 FINGER_AGREE = 0.006        # m along the ray, the same for a finger: finer, for fingers slide past each other unnoticed
 SHELL = 0.03                # m, so far outside the hand there is nothing
@@ -79,7 +79,7 @@ def make_model(bodies, counts, seed=0):
 
     bodies: list of (vertices, faces, slide), slide = dy / d(opening): 0 for the hand, +1/2 and -1/2 for the fingers.
     Returns a namespace: points, normals (N,3) at opening 0, slide (N,), shell (N,) bool: nothing but air is SHELL
-    above it; vertices, faces, vertex_slide of all bodies as one mesh; reach, m, of its farthest point; spacing, m, of
+    above it; mount (N,) bool: of add_mount; vertices, faces, vertex_slide of all bodies as one mesh; reach, m, of its farthest point; spacing, m, of
     its points.
     """
     sampled = [sample_surface(v, f, n, seed) for (v, f, _), n in zip(bodies, counts)]
@@ -92,6 +92,7 @@ def make_model(bodies, counts, seed=0):
         vertices=np.concatenate([v for v, _, _ in bodies]),
         faces=np.concatenate([f + s for (_, f, _), s in zip(bodies, starts)]),
         vertex_slide=np.repeat(slides, [len(v) for v, _, _ in bodies]))
+    model.mount = np.zeros(len(order), bool)
     model.reach = np.linalg.norm(model.points, axis=1).max() + STROKE / 2 * bool(np.any(slides))
     area = sum(np.linalg.norm(np.cross(v[f[:, 1]] - v[f[:, 0]], v[f[:, 2]] - v[f[:, 0]]), axis=1).sum() / 2
                for v, f, _ in bodies)
@@ -106,7 +107,7 @@ def make_model(bodies, counts, seed=0):
 
 def part(model, keep):
     """The model with only those points that `keep` (N,) chooses."""
-    chosen = {name: getattr(model, name)[keep] for name in ("points", "normals", "slide", "shell")}
+    chosen = {name: getattr(model, name)[keep] for name in ("points", "normals", "slide", "shell", "mount")}
     return SimpleNamespace(**{**vars(model), **chosen})
 
 
@@ -151,6 +152,7 @@ def add_mount(model, scene, pose, opening):
     grown.points, grown.normals = grown.points[order], grown.normals[order]
     grown.slide = np.concatenate([model.slide, np.zeros(len(keep))])[order]
     grown.shell = np.concatenate([model.shell, np.zeros(len(keep), bool)])[order]
+    grown.mount = np.concatenate([model.mount, np.ones(len(keep), bool)])[order]
     return grown
 
 
@@ -392,7 +394,7 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
             air = np.flatnonzero(model.shell[:N])
             y, x, z, inside = look_up(scene, v, points[:, air] + SHELL * normals[:, air])
             in_shell += (inside & ~scene.still[v, y, x] & (np.abs(scene.depth[v, y, x] - z) < 0.5 * SHELL)).sum(1)
-    return SimpleNamespace(visible=visible, gap=gap, still=still, shell=in_shell, points=points,
+    return SimpleNamespace(visible=visible, gap=gap, still=still, shell=in_shell, points=points, mount=model.mount[:N],
                            tolerance=max(AGREE, 3 * scene.noise))
 
 
@@ -400,14 +402,16 @@ def evidence(seen):
     """Of what `compare` saw: score, agree, contradict and in_view, (K,) each, in model points.
 
     A point that should be seen and is not, or that lies on scenery, weighs five times one that agrees: an arm or the
-    held object often hides the hand, and nearly never does one look through it.
+    held object often hides the hand, and nearly never does one look through it. The mount on unchanged pixels says
+    nothing: an arm that slides along itself looks the same.
     """
-    gap = np.where(seen.visible, seen.gap, np.nan)
+    visible = seen.visible & ~(seen.still & seen.mount)
+    gap = np.where(visible, seen.gap, np.nan)
     close = np.abs(gap) < seen.tolerance
     agree = np.where(close & ~seen.still, 1 - (gap / seen.tolerance)**2, 0).sum((1, 2))
     contradict = ((gap > seen.tolerance) | (close & seen.still)).sum((1, 2)) + seen.shell
     hidden = (gap < -seen.tolerance).sum((1, 2))
-    in_view = (seen.visible & ~(seen.gap < -seen.tolerance)).sum((1, 2))
+    in_view = (visible & ~(seen.gap < -seen.tolerance)).sum((1, 2))
     return SimpleNamespace(score=agree - 5 * contradict - 0.1 * hidden, agree=agree, contradict=contradict,
                            in_view=in_view)
 
@@ -477,7 +481,7 @@ def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view
     return poses
 
 
-def settle(model, scene, cloud, poses, before, keep=3, cost=lambda poses: 0.0):
+def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0):
     """Hypotheses -> the best `keep` of them, refined, each with the opening that suits it.
 
     Which of them is right is decided without the fingers first: they may have moved. cost(poses) (K,) comes off their
@@ -611,7 +615,8 @@ def fan(limit, count):
     return np.concatenate([np.eye(3)[None], turns[angle < limit]])
 
 
-FANS = fan(45, 400), fan(85, 200)           # 90 degrees/s are 45 at 2 Hz; then what is faster
+# What is searched until something fits: turns (R,3,3), speed in m/s, hypotheses. 90 degrees/s are 45 at 2 Hz.
+SEARCHES = (fan(0, 1), 0.6, 24), (fan(45, 400), 0.6, 72), (fan(85, 1000), 0.8, 72)
 
 
 def register(model, scene, mask, rotations=200):
@@ -656,17 +661,13 @@ def unexplained(model, cloud, poses, opening):
     return np.array([(cKDTree(p).query(some, distance_upper_bound=0.05)[0] > 0.015).mean() for p in posed])
 
 
-def believed(model, scene, pose, opening, cost=0.0, anew=False):
-    """Whether render-and-compare bears a pose out, `cost` taken off its score: (bool, score). `anew`, after a loss,
-    nothing else speaks for the place, so that it has to fit better."""
-    seen = evidence(compare(model, scene, pose[None], np.array([opening]), shell=True))
-    score, agree, contradict, in_view = (x[0] for x in (seen.score, seen.agree, seen.contradict, seen.in_view))
+def believed(scene, seen, cost, anew=False):
+    """Whether what `evidence` saw of K poses bears them out, `cost` (K,) taken off their scores: (K,) bool. `anew`,
+    after a loss, nothing else speaks for the place, so that a pose has to fit better."""
     if scene.noise > NOISY:                               # outliers and blurred edges contradict any pose
-        sure = agree >= 1.5 * MIN_AGREE and agree >= 2 * contradict
-    else:
-        worth = (score - 2 * cost) / MIN_SCORE_ANEW if anew else (score - cost) / MIN_SCORE
-        sure = agree >= max(MIN_AGREE, MIN_SHARE * in_view) and worth >= in_view
-    return bool(sure), score
+        return (seen.agree >= 1.5 * MIN_AGREE) & (seen.agree >= 2 * seen.contradict)
+    worth = (seen.score - 2 * cost) / MIN_SCORE_ANEW if anew else (seen.score - cost) / MIN_SCORE
+    return (seen.agree >= np.maximum(MIN_AGREE, MIN_SHARE * seen.in_view)) & (worth >= seen.in_view)
 
 
 def track_one(model, scene, state, dt):
@@ -674,33 +675,32 @@ def track_one(model, scene, state, dt):
     missed frames.
 
     First the quick way, where the hand was and where its velocity takes it; if it does not fit there, all places in
-    reach, turned a little; then turned a lot. Returns a new state; where nothing is borne out, `lost` is true and the
-    pose is held.
+    reach; then turned a little; then turned a lot. Returns a new state; where nothing is borne out, `lost` is true and
+    the pose is held.
     """
-    radius = min(MAX_SPEED * dt * (1 + state.missed), 0.45)
+    reach = lambda speed: min(speed * dt * (1 + state.missed), 0.45)
     lost = SimpleNamespace(**{**vars(state), "lost": True, "missed": state.missed + 1, "motion": np.eye(4),
                               "fitness": 0.0, "inlier_rmse": np.nan, "profile": np.zeros(len(WIDTHS)), "width": None})
-    cloud = nearby(scene, state.pose[:3, 3], radius + model.reach, 6000)
+    cloud = nearby(scene, state.pose[:3, 3], reach(SEARCHES[-1][1]) + model.reach, 6000)
     if cloud is None:
         return lost
     guesses = np.stack([state.pose, state.pose @ state.motion])
     # What the robot did before it does on: far and turned costs points, little beside those that a wrong place loses.
     cost = lambda poses: np.min([travel(poses, guess, 1 + state.missed) for guess in guesses], axis=0)
     hand = part(model, model.slide == 0)
-    poses, found = guesses, False
-    seen = evidence(compare(model, scene, guesses, np.full(2, state.opening), shell=True))
-    if fits_well(seen, cost(guesses)) and seen.score.max() > 0.8 * state.score:
-        poses, openings, seen = settle(model, scene, cloud, guesses, state.opening, cost=cost)
-        found = fits_well(seen, cost(poses))
-    for turns in FANS:
-        if not found:
-            wide = search(hand, scene, state.pose[:3, 3], state.pose[:3, :3] @ turns, radius, 6 * HYPOTHESES)
-        for some in (slice(HYPOTHESES), slice(HYPOTHESES, None)):
-            if not found:
-                poses, openings, seen = settle(model, scene, cloud, np.concatenate([poses, wide[some]]), state.opening,
-                                               cost=cost)
+    poses, openings, seen = settle(model, scene, cloud, guesses, state.opening, cost=cost)
+    found = fits_well(seen, cost(poses)) and seen.score.max() > 0.8 * state.score
+    for turns, speed, hypotheses in SEARCHES:
+        if found:
+            break
+        wide = search(hand, scene, state.pose[:3, 3], state.pose[:3, :3] @ turns, reach(speed), hypotheses)
+        for some in np.split(wide, [HYPOTHESES]):
+            if not found and len(some):
+                poses = np.concatenate([poses, some])
+                poses, openings, seen = settle(model, scene, cloud, poses, state.opening, cost=cost)
                 found = fits_well(seen, cost(poses))
-    best = np.argmax(seen.score - cost(poses))
+    sure = believed(scene, seen, cost(poses), state.missed > 0)
+    best = np.argmax(seen.score - cost(poses) + 1e4 * sure)       # those first: a hand half hidden scores little
     opening = openings[best]
     pose, fitness, rmse = polish(model, scene, cloud, poses[best], opening)
     stay, move = evidence(compare(model, scene, np.stack([state.pose, pose]), np.full(2, opening), shell=True)).score
@@ -708,12 +708,12 @@ def track_one(model, scene, state, dt):
         pose = state.pose
     profile = finger_profile(model, scene, pose)
     opening = likeliest(profile, state.opening)
-    sure, score = believed(model, scene, pose, opening, cost(pose[None])[0], state.missed > 0)
-    if not sure:
+    seen = evidence(compare(model, scene, pose[None], np.array([opening]), shell=True))
+    if not believed(scene, seen, cost(pose[None]), state.missed > 0)[0]:
         return lost
     return SimpleNamespace(
-        pose=pose, motion=np.eye(4) if state.missed else invert(state.pose) @ pose, opening=opening, score=score,
-        missed=0, lost=False, gone=False, fitness=fitness, inlier_rmse=rmse, profile=profile,
+        pose=pose, motion=np.eye(4) if state.missed else invert(state.pose) @ pose, opening=opening,
+        score=seen.score[0], missed=0, lost=False, gone=False, fitness=fitness, inlier_rmse=rmse, profile=profile,
         width=slide_fingers(model, scene, cloud, pose, opening))
 
 
@@ -791,7 +791,8 @@ def track(prediction, init="auto", model=None, progress=False):
         openings = np.array([0.0 if f is None else f[1] for f in found])
         extra["symmetry_score"] = np.stack([np.zeros(2) if f is None else f[2] for f in found])
     A = len(poses)
-    models, states, here = [], [], np.zeros(observed.depth.shape, bool)
+    models, states = [], []
+    here, maybe = np.zeros(observed.depth.shape, bool), np.zeros(observed.depth.shape, bool)
     for a in range(A):
         known = np.isfinite(poses[a]).all()
         state = first_state(poses[a] if known else np.eye(4), openings[a])
@@ -799,9 +800,9 @@ def track(prediction, init="auto", model=None, progress=False):
         models.append(add_mount(model, observed, state.pose, state.opening) if known and np.any(model.slide) else model)
         if known:
             here |= silhouette(model, observed, state.pose, state.opening)
-            c, posed = observed.candidates, transform(at_opening(models[a], [state.opening])[0], state.pose)
-            on = np.isfinite(cKDTree(posed).query(c.points, distance_upper_bound=0.02)[0])
-            here[c.view[on], c.row[on], c.column[on]] = True
+            on_hand, in_line = belongs(models[a], observed, state.pose, state.opening)
+            here |= on_hand
+            maybe |= in_line
             seen = evidence(compare(models[a], observed, state.pose[None], np.array([state.opening])))
             state.score = seen.score[0]
             # A given pose that no view shows is believed, one that the views see through is not.
@@ -814,7 +815,8 @@ def track(prediction, init="auto", model=None, progress=False):
 
     frames = [states]
     for t in tqdm(range(T), desc="tracking", unit="frame", disable=not progress):
-        scene = make_scene(p["points"][:, t], p["valid"][:, t], p["intrinsics"], p["view_in_ref"], observed, here)
+        moved = here | maybe & (np.abs(p["rgb"][:, t].astype(int) - p["observed_rgb"]).max(-1) > RECOLOURED)
+        scene = make_scene(p["points"][:, t], p["valid"][:, t], p["intrinsics"], p["view_in_ref"], observed, moved)
         before, states = states, [s if s.gone else track_one(m, scene, s, 1 / p["fps"]) for m, s in zip(models, states)]
         for a, b in combinations(range(A), 2):
             if not (states[a].lost or states[b].lost) and overlap(states[a].pose, states[b].pose):
@@ -834,6 +836,18 @@ def track(prediction, init="auto", model=None, progress=False):
     return dict(gripper_in_ref=gripper_in_ref, gripper_motion=invert(gripper_in_ref[:1]) @ gripper_in_ref[1:],
                 opening=opening, closed=closed_flags(opening), fingers=fingers, lost=lost,
                 fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"), **extra)
+
+
+def belongs(model, scene, pose, opening):
+    """What may move with the hand, and so is no scenery, (V,H,W) bool each: the hand itself; and what is behind or
+    ahead of it, its forearm and what it holds: a hand may come to lie where these were."""
+    c = scene.candidates
+    in_gripper = transform(c.points, invert(pose))
+    near = cKDTree(at_opening(model, [opening])[0]).query(in_gripper, distance_upper_bound=0.02)[0]
+    z, beside = in_gripper[:, 2], np.hypot(*in_gripper[:, :2].T) < 0.12
+    masks = np.zeros((2, *scene.depth.shape), bool)
+    masks[:, c.view, c.row, c.column] = np.isfinite(near), beside & (z > -0.4) & (z < 0.25) & bool(np.any(model.slide))
+    return masks
 
 
 def silhouette(model, scene, pose, opening):
@@ -884,7 +898,8 @@ def check(p):
                          "cannot be tracked")
     V, T, H, W, _ = shape
     for key, want in dict(
-        valid=(V, T, H, W), intrinsics=(V, 3, 3), view_in_ref=(V, 4, 4), observed_depth=(V, H, W)
+        rgb=(V, T, H, W, 3), valid=(V, T, H, W), intrinsics=(V, 3, 3), view_in_ref=(V, 4, 4),
+        observed_rgb=(V, H, W, 3), observed_depth=(V, H, W)
     ).items():
         if np.shape(p.get(key, ())) != want:
             raise ValueError(f"the prediction's '{key}' has shape {np.shape(p.get(key, ()))}, expected {want}")
