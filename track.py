@@ -584,12 +584,12 @@ def opening_path(profiles, speed, first):
     speed (F-1,) m, how far the hand moved between two frames: fingers close and open while it rests, so that an event
     which no view shows is put where the hand moved least. first: the width at frame 0, m.
     """
-    change = np.abs(np.subtract.outer(WIDTHS, WIDTHS)) / 0.01                                # (W,W)
+    change = np.abs(np.subtract.outer(WIDTHS, WIDTHS))                                       # (W,W)
     total = -(((WIDTHS - first) / WIDTHS[1])**2)
     back = []
     for profile, moved in zip(profiles[1:], speed):
-        event = 4 + 8 * min(moved / 0.1, 1)
-        options = total - event * np.minimum(change, 1) - change                            # (W now, W before)
+        event = 3 + 4 * min(moved / 0.1, 1)
+        options = total - event * np.minimum(change / 0.01, 1) - change / 0.04              # (W now, W before)
         back.append(options.argmax(1))
         total = options.max(1) + profile
     path = [total.argmax()]
