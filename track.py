@@ -6,12 +6,13 @@
     python track.py --episode data/task_1/episode_000 --cameras 12 13  # a packed episode's true pointmaps, with errors
     python track.py --episode ... --object box.obj                        # any other rigid mesh, from its first mask
 
-For every frame: (1) what has not changed since the observed frame is scenery; (2) where the hand is not at rest, a
-voxel search over all places and turns that it can have reached; (3) ICP of the best few, with the model points that
-are visible at the estimate, without the fingers, which may have moved; (4) render-and-compare decides, counting what
-agrees, what should be seen and is not, and what is there and should not be; (5) every opening of the fingers is held
-against the points. After the last frame the likeliest path through all frames' openings is taken. All views' points
-lie in one frame, so that they are fused by simply being put together.
+For every frame: (1) what has not changed since the observed frame is scenery, in depth, and near the hand in colour
+too, for a hand may come to lie where its arm was; (2) where the hand is not at rest, a voxel search over all places
+and turns that it can have reached; (3) ICP of the best few, with the model points that are visible at the estimate,
+without the fingers, which may have moved; (4) render-and-compare decides, counting what agrees, what should be seen
+and is not, and what is there and should not be; (5) every opening of the fingers is held against the points. After
+the last frame the likeliest path through all frames' openings is taken. All views' points lie in one frame, so that
+they are fused by simply being put together.
 
 Letters   K hypotheses, N model points, M scene points, V views, F = 1 observed + T frames, A arms, H W pixels
 Frames    ref: the reference camera (view 0); cam: a view's own camera; gripper: Franka's hand frame (z out of the palm,
@@ -52,7 +53,7 @@ SHELL = 0.03                # m, so far outside the hand there is nothing
 EVENT = 0.007               # m, the fingers' way beyond which they have closed or opened
 # Of a pose that is believed: model points that agree, their share of those in view, the score a point in view, and
 # that after a loss. In recorded episodes the true pose of a hand with 200 points in view scores 0.8 a point in the
-# median, 0.66 in the worst twentieth; hidden hands score less.
+# median, 0.59 in the worst twentieth; hidden hands score less.
 MIN_AGREE, MIN_SHARE, MIN_SCORE, MIN_SCORE_ANEW = 60, 0.7, 0.25, 0.55
 WELL = 0.5                  # score a point in view at which the search ends
 HALF_TURN = np.diag([-1.0, -1.0, 1.0, 1.0])  # about the approach axis: it maps the hand onto itself, fingers swapped
@@ -79,8 +80,8 @@ def make_model(bodies, counts, seed=0):
 
     bodies: list of (vertices, faces, slide), slide = dy / d(opening): 0 for the hand, +1/2 and -1/2 for the fingers.
     Returns a namespace: points, normals (N,3) at opening 0, slide (N,), shell (N,) bool: nothing but air is SHELL
-    above it; mount (N,) bool: of add_mount; vertices, faces, vertex_slide of all bodies as one mesh; reach, m, of its farthest point; spacing, m, of
-    its points.
+    above it; mount (N,) bool: of add_mount; vertices, faces, vertex_slide of all bodies as one mesh; reach, m, of its
+    farthest point; spacing, m, of its points.
     """
     sampled = [sample_surface(v, f, n, seed) for (v, f, _), n in zip(bodies, counts)]
     points, normals = (np.concatenate(x) for x in zip(*sampled))
@@ -760,9 +761,9 @@ def first_state(pose, opening):
 def track(prediction, init="auto", model=None, progress=False):
     """Track every gripper of a 4D video.
 
-    prediction: a dict with the arrays of prediction.npz (points (V,T,H,W,3) in ref, valid, intrinsics,
-    view_in_ref, observed_depth, fps, and observed_gripper_in_ref + observed_opening, or observed_gripper masks). init
-    'pose' | 'mask' | 'auto': the pose if it is known. model: of hand_model or make_model.
+    prediction: a dict with the arrays of prediction.npz (rgb (V,T,H,W,3) uint8, points (V,T,H,W,3) in ref, valid,
+    intrinsics, view_in_ref, observed_rgb, observed_depth, fps, and observed_gripper_in_ref + observed_opening, or
+    observed_gripper masks). init 'pose' | 'mask' | 'auto': the pose if it is known. model: of hand_model or make_model.
     Returns the arrays of trajectory.npz: gripper_in_ref (F,A,4,4), gripper_motion (T,A,4,4) from the first frame in
     the gripper's own frame, opening (F,A) m, closed (F,A), fitness (F,A), inlier_rmse (F,A) m, lost (F,A); from masks
     also symmetric_gripper_in_ref (F,A,4,4), the other solution, and symmetry_score (A,2). A frame that is lost holds
