@@ -29,7 +29,7 @@ from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
-from scipy.ndimage import binary_dilation, distance_transform_edt, maximum_filter
+from scipy.ndimage import binary_dilation, distance_transform_edt
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
@@ -46,6 +46,8 @@ COARSE = 0.004              # m, of a pixel on the hand
 OCCLUDED = 0.025            # m, what lies so far in front of a model point hides it
 VOXEL = 0.03                # m, of the search
 SEARCHED = 60               # model points that the search uses
+PEAKS = 8                   # places that one of many turns may propose
+NONE = np.int16(-32768)     # of a place: worse than any
 HYPOTHESES = 12             # of a search that enter ICP first; the others follow where none of them fits
 WIDTHS = np.linspace(0, STROKE, 33)                      # m, the openings that are tried
 FINGER_AGREE = 0.006        # m along the ray, the same for a finger: finer, for fingers slide past each other unnoticed
@@ -458,11 +460,16 @@ def search(model, scene, centre, rotations, radius, keep):
         total = np.zeros((shifts,) * 3, np.int16)         # at most 200 * SEARCHED: no overflow
         for (i, j, k), shown in zip(corner[r], visible[r]):
             total += (seen_value if shown else hidden_value)[i:i + shifts, j:j + shifts, k:k + shifts]
-        peak = np.flatnonzero((total == maximum_filter(total, 3)) & in_reach)
-        peak = peak[np.argsort(-total.flat[peak])[:keep]]
-        shift = (np.stack(np.unravel_index(peak, total.shape), -1) - steps) * VOXEL
-        found.append(rigid(np.repeat(rotations[r][None], len(peak), 0), centre + shift))
-        totals.append(total.flat[peak] / max(visible[r].sum(), 15))
+        total = np.where(in_reach, total, NONE)
+        peaks, values = [], []
+        for _ in range(min(keep, PEAKS) if len(poses) > 1 else keep):    # the best cell, and none beside it again
+            i, j, k = np.unravel_index(total.argmax(), total.shape)
+            peaks.append((i, j, k))
+            values.append(total[i, j, k])
+            total[max(i - 1, 0):i + 2, max(j - 1, 0):j + 2, max(k - 1, 0):k + 2] = NONE
+        shift = (np.array(peaks) - steps) * VOXEL
+        found.append(rigid(np.repeat(rotations[r][None], len(peaks), 0), centre + shift))
+        totals.append(np.array(values) / max(visible[r].sum(), 15))
     return np.concatenate(found)[np.argsort(-np.concatenate(totals))[:keep]]
 
 
