@@ -552,8 +552,9 @@ def finger_profile(model, scene, pose):
     pixel = np.linalg.norm(pose[:3, 3] - scene.view_in_ref[0, :3, 3]) / scene.intrinsics[0, 0, 0]
     tolerance = max(FINGER_AGREE, 3 * scene.noise, pixel)
     gap = np.where(seen.visible, seen.gap, np.nan)
-    return (np.maximum(1 - (gap / tolerance)**2, 0) * (np.abs(gap) < tolerance)).sum((1, 2), where=np.isfinite(gap)) \
-        - (gap > tolerance).sum((1, 2))
+    agree = np.where(np.abs(gap) < tolerance, 1 - (gap / tolerance)**2, 0).sum((1, 2))
+    profile = agree - (gap > tolerance).sum((1, 2))
+    return profile / 2 if scene.noise > NOISY else profile   # noisy neighbours are not independent votes
 
 
 def likeliest(profile, before):
