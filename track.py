@@ -462,8 +462,10 @@ def search(model, scene, centre, rotations, radius, keep):
             total += (seen_value if shown else hidden_value)[i:i + shifts, j:j + shifts, k:k + shifts]
         total = np.where(in_reach, total, NONE)
         peaks, values = [], []
-        for _ in range(min(keep, PEAKS) if len(poses) > 1 else keep):    # the best cell, and none beside it again
+        for _ in range(min(keep, PEAKS) if len(poses) > 1 else keep):    # the best cell, then none of its neighbours
             i, j, k = np.unravel_index(total.argmax(), total.shape)
+            if total[i, j, k] == NONE:
+                break
             peaks.append((i, j, k))
             values.append(total[i, j, k])
             total[max(i - 1, 0):i + 2, max(j - 1, 0):j + 2, max(k - 1, 0):k + 2] = NONE
