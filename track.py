@@ -879,7 +879,7 @@ def openings_of(frames):
                         for a in range(profiles.shape[1])], 1)
     for t, states in enumerate(frames):
         for a, s in enumerate(states):
-            if s.width is not None and abs(s.width - opening[t, a]) < 0.006:                # the finer estimate
+            if s.width is not None and abs(s.width - opening[t, a]) < 0.003:        # finer, between two WIDTHS
                 opening[t, a] = s.width
     return opening, np.ptp(profiles, axis=-1)
 
