@@ -289,7 +289,7 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
 def make_scene(points, valid, intrinsics, view_in_ref, observed=None, here=None):
     """One frame: points (V,H,W,3) in ref, valid (V,H,W), intrinsics (V,3,3), view_in_ref (V,4,4).
 
-    With the `observed` frame's scene and `here` (V,H,W), where its hands were, it also holds: still (V,H,W), the
+    With the `observed` frame's scene and `here` (V,H,W), where hands may be, it also holds: still (V,H,W), the other
     pixels that have not changed since and so show no hand; and noise, m, how much those fluctuate: tolerances grow
     with it.
     """
@@ -826,8 +826,9 @@ def track(prediction, init="auto", model=None, progress=False):
 
     frames = [states]
     for t in tqdm(range(T), desc="tracking", unit="frame", disable=not progress):
-        moved = here | maybe & (np.abs(p["rgb"][:, t].astype(int) - p["observed_rgb"]).max(-1) > RECOLOURED)
-        scene = make_scene(p["points"][:, t], p["valid"][:, t], p["intrinsics"], p["view_in_ref"], observed, moved)
+        # no scenery: where the hands were, and what lay in line with them and looks different now
+        other = here | maybe & (np.abs(p["rgb"][:, t].astype(int) - p["observed_rgb"]).max(-1) > RECOLOURED)
+        scene = make_scene(p["points"][:, t], p["valid"][:, t], p["intrinsics"], p["view_in_ref"], observed, other)
         before, states = states, [s if s.gone else track_one(m, scene, s, 1 / p["fps"]) for m, s in zip(models, states)]
         for a, b in combinations(range(A), 2):
             if not (states[a].lost or states[b].lost) and overlap(states[a].pose, states[b].pose):
