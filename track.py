@@ -53,10 +53,10 @@ WIDTHS = np.linspace(0, STROKE, 33)                      # m, the openings that 
 FINGER_AGREE = 0.006        # m along the ray, the same for a finger: finer, for fingers slide past each other unnoticed
 SHELL = 0.03                # m, so far outside the hand there is nothing
 EVENT = 0.007               # m, the fingers' way beyond which they have closed or opened
-# Of a pose that is believed: model points that agree, their share of those in view, the score a point in view, and
-# that after a loss. In recorded episodes the true pose of a hand with 200 points in view scores 0.8 a point in the
-# median, 0.61 in the worst twentieth; hidden hands score less.
-MIN_AGREE, MIN_SHARE, MIN_SCORE, MIN_SCORE_ANEW = 60, 0.7, 0.25, 0.55
+# Of a pose that is believed: model points that agree, the same in noisy depth, their share of those in view, the score
+# a point in view, and that after a loss. In recorded episodes the true pose of a hand with 200 points in view scores
+# 0.8 a point in the median, 0.61 in the worst twentieth.
+MIN_AGREE, MIN_AGREE_NOISY, MIN_SHARE, MIN_SCORE, MIN_SCORE_ANEW = 40, 90, 0.7, 0.38, 0.6
 WELL = 0.5                  # score a point in view at which the search ends
 HALF_TURN = np.diag([-1.0, -1.0, 1.0, 1.0])  # about the approach axis: it maps the hand onto itself, fingers swapped
 
@@ -676,8 +676,9 @@ def believed(scene, seen, cost, anew=False):
     """Whether what `evidence` saw of K poses bears them out, `cost` (K,) taken off their scores: (K,) bool. `anew`,
     after a loss, nothing else speaks for the place, so that a pose has to fit better."""
     if scene.noise > NOISY:                               # outliers and blurred edges contradict any pose
-        return (seen.agree >= 1.5 * MIN_AGREE) & (seen.agree >= 2 * seen.contradict)
-    worth = (seen.score - 2 * cost) / MIN_SCORE_ANEW if anew else (seen.score - cost) / MIN_SCORE
+        return (seen.agree >= MIN_AGREE_NOISY) & (seen.agree >= 2 * seen.contradict)
+    clear = seen.agree - 5 * seen.contradict              # that much of it is hidden is no reason to doubt the rest
+    worth = (clear - 2 * cost) / MIN_SCORE_ANEW if anew else (clear - cost) / MIN_SCORE
     return (seen.agree >= np.maximum(MIN_AGREE, MIN_SHARE * seen.in_view)) & (worth >= seen.in_view)
 
 
