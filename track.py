@@ -29,19 +29,19 @@ from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
-from scipy.ndimage import binary_dilation, distance_transform_edt
+from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_edt, median_filter, minimum_filter
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from data import (RIGHT_GRIPPER, LEFT_GRIPPER, OBJECT, gripper_mesh, invert, load_episode, load_mesh, point_maps,
-                  rasterize, transform)
+                  rasterize, transform, unproject)
 
 STROKE = 0.08               # m, the widest opening
 AGREE = 0.012               # m along the ray, a model point and the measured one are the same surface
 STILL = 0.015               # m along the ray, a pixel that changed less since the observed frame shows scenery
 RECOLOURED = 40             # of 255, a pixel whose colour changed more shows something else
-NOISY = 0.002               # m, above this the depth is a generator's: normals of it mean little, edges are blurred
+NOISY = 0.001               # m, above this the depth is a generator's: normals of it mean little, edges are blurred
 COARSE = 0.004              # m, of a pixel on the hand
 OCCLUDED = 0.025            # m, what lies so far in front of a model point hides it
 VOXEL = 0.03                # m, of the search
@@ -304,8 +304,41 @@ def make_scene(points, valid, intrinsics, view_in_ref, observed=None, here=None)
         quiet = change[both & (change < 0.05)]
         scene.noise = min(1.48 * float(np.median(quiet)), 0.01) if len(quiet) else 0.0
         scene.still = both & (change < max(STILL, 3 * scene.noise)) & ~here
+    scene.near = scene.depth
+    if scene.noise > NOISY:
+        window = np.ones((1, 5, 5), bool)
+        scene.near = minimum_filter(np.where(scene.depth > 0, scene.depth, np.inf), footprint=window)
+        scene.still = binary_erosion(scene.still, window)
     gather(scene)
     return scene
+
+
+def steady(points, valid, observed):
+    """One frame's points (V,H,W,3) as a generator makes them, mended with what the observed frame's scene knows.
+
+    Scenery does not move: where a view's pixels still show it, the rigid motion that takes them back to the observed
+    points is that view's drift. A pixel's point lies on the pixel's ray: what is beside it is noise, as is what differs
+    from the median of 3 x 3. Depth as clean as a sensor's, within NOISY, is left as it is.
+    """
+    points = points.copy()
+    H, W = valid.shape[1:]
+    for v, ref_in_view in enumerate(observed.ref_in_view):
+        z = transform(points[v], ref_in_view)[..., 2]
+        change = np.where(valid[v] & (observed.depth[v] > 0), np.abs(z - observed.depth[v]), np.inf)
+        still = change < 0.05
+        if still.mean() < 0.05 or 1.48 * np.median(change[still]) < NOISY:
+            continue
+        few = np.flatnonzero(still)[::max(1, still.sum() // 4000)]
+        source, target = (x.reshape(-1, 3)[few].astype(float)[None] for x in (points[v], observed.points[v]))
+        drift = np.eye(4)[None]
+        for _ in range(5):
+            moved = source @ drift[:, :3, :3].mT + drift[:, None, :3, 3]
+            off = np.linalg.norm(moved - target, axis=-1)
+            drift = kabsch(source, target, robust(off, max(4 * np.median(off), 1e-3), "tukey"))
+        z = median_filter(transform(points[v], ref_in_view @ drift[0])[..., 2], 3)
+        own = unproject(z, observed.intrinsics[v])
+        points[v] = transform(own, observed.view_in_ref[v])
+    return points
 
 
 def look_up(scene, v, points):
@@ -364,7 +397,9 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
     normals = (model.normals[:N] @ rotation).astype(np.float32)                             # both (K,N,3), in ref
     visible, still = np.zeros((K, V, N), bool), np.zeros((K, V, N), bool)
     gap, in_shell = np.full((K, V, N), np.nan, np.float32), np.zeros(K, int)
+    edge = np.zeros((K, V, N), bool)
     spacing = model.spacing * np.sqrt(len(model.points) / N)
+    tolerance = max(AGREE, 3 * scene.noise)
     for v in range(V):
         ray = points - scene.view_in_ref[v, :3, 3].astype(np.float32)
         pixel = np.sqrt((ray[:, 0]**2).sum(-1).mean()) / scene.intrinsics[v, 0, 0]         # its width on the hand, m
@@ -384,8 +419,13 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
         unchanged = scene.still[v, y, x]
         coarse = pixel > COARSE
         # at blurred or coarse edges and outliers a neighbouring pixel may speak
-        if scene.noise > NOISY or coarse and not strict:
-            r = 1 if coarse else 2
+        if scene.noise > NOISY:
+            thin = (model.slide[n] != 0) & (not strict)
+            at_edge = (off > tolerance) & (thin | (scene.near[v, y, x] - z < tolerance))
+            off[at_edge] = np.nan
+            edge[k, v, n] = at_edge
+        if coarse and not strict:
+            r = 1
             for dy, dx in ((0, r), (0, -r), (r, 0), (-r, 0)):
                 row, column = (y + dy).clip(0, H - 1), (x + dx).clip(0, W - 1)
                 other = scene.depth[v, row, column]
@@ -398,7 +438,7 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
             y, x, z, inside = look_up(scene, v, points[:, air] + SHELL * normals[:, air])
             in_shell += (inside & ~scene.still[v, y, x] & (np.abs(scene.depth[v, y, x] - z) < 0.5 * SHELL)).sum(1)
     return SimpleNamespace(visible=visible, gap=gap, still=still, shell=in_shell, points=points, mount=model.mount[:N],
-                           tolerance=max(AGREE, 3 * scene.noise))
+                           edge=edge, tolerance=tolerance)
 
 
 def evidence(seen):
@@ -414,7 +454,7 @@ def evidence(seen):
     agree = np.where(close & ~seen.still, 1 - (gap / seen.tolerance)**2, 0).sum((1, 2))
     contradict = ((gap > seen.tolerance) | (close & seen.still)).sum((1, 2)) + seen.shell
     hidden = (gap < -seen.tolerance).sum((1, 2))
-    in_view = (visible & ~(seen.gap < -seen.tolerance)).sum((1, 2))
+    in_view = (visible & ~seen.edge & ~(seen.gap < -seen.tolerance)).sum((1, 2))
     return SimpleNamespace(score=agree - 5 * contradict - 0.1 * hidden, agree=agree, contradict=contradict,
                            in_view=in_view)
 
@@ -675,8 +715,6 @@ def unexplained(model, cloud, poses, opening):
 def believed(scene, seen, cost, anew=False):
     """Whether what `evidence` saw of K poses bears them out, `cost` (K,) taken off their scores: (K,) bool. `anew`,
     after a loss, nothing else speaks for the place, so that a pose has to fit better."""
-    if scene.noise > NOISY:                               # outliers and blurred edges contradict any pose
-        return (seen.agree >= MIN_AGREE_NOISY) & (seen.agree >= 2 * seen.contradict)
     clear = seen.agree - 5 * seen.contradict              # that much of it is hidden is no reason to doubt the rest
     worth = (clear - 2 * cost) / MIN_SCORE_ANEW if anew else (clear - cost) / MIN_SCORE
     return (seen.agree >= np.maximum(MIN_AGREE, MIN_SHARE * seen.in_view)) & (worth >= seen.in_view)
@@ -829,7 +867,7 @@ def track(prediction, init="auto", model=None, progress=False):
     for t in tqdm(range(T), desc="tracking", unit="frame", disable=not progress):
         # no scenery: where the hands were, and what lay in line with them and looks different now
         other = here | maybe & (np.abs(p["rgb"][:, t].astype(int) - p["observed_rgb"]).max(-1) > RECOLOURED)
-        scene = make_scene(p["points"][:, t], p["valid"][:, t], p["intrinsics"], p["view_in_ref"], observed, other)
+        scene = make_scene(steady(p["points"][:, t], p["valid"][:, t], observed), p["valid"][:, t], p["intrinsics"], p["view_in_ref"], observed, other)
         before, states = states, [s if s.gone else track_one(m, scene, s, 1 / p["fps"]) for m, s in zip(models, states)]
         for a, b in combinations(range(A), 2):
             if not (states[a].lost or states[b].lost) and overlap(states[a].pose, states[b].pose):
