@@ -180,7 +180,7 @@ def rigid(rotation, translation):
     return T
 
 
-def gauss_newton(source, target, normal, weight, centre, slip):
+def gauss_newton(source, target, normal, weight, centre, slip, shift_only=False):
     """One step (K,4,4) of point-to-plane, min sum w [(n.e)^2 + slip |e|^2] with e = target - (source moved).
 
     The motion is a turn about `centre` (K,3) and then a shift. A little of point-to-point (`slip`) holds what planes
@@ -199,6 +199,8 @@ def gauss_newton(source, target, normal, weight, centre, slip):
         B[:, :3, 3:], B[:, 3:, :3] = skew.mT, skew
         B[:, 3:, 3:] = weight.sum(1)[:, None, None] * np.eye(3)
         A, g = A + slip * B, g + slip * np.concatenate([cross(arm, we).sum(1), we.sum(1)], -1)
+    if shift_only:
+        A[:, :3], A[:, :, :3], A[:, range(3), range(3)], g[:, :3] = 0, 0, 1, 0
     x = np.linalg.solve(A + 1e-9 * np.eye(6), g[..., None])[..., 0]
     turn = Rotation.from_rotvec(x[:, :3]).as_matrix()
     return rigid(turn, centre + x[:, 3:] - (turn @ centre[..., None])[..., 0])
@@ -222,7 +224,7 @@ def robust(distance, scale, kernel):
 
 def icp(source, target, target_normals=None, init=None, max_correspondence_distance=0.02, max_iteration=30, *,
         source_normals=None, weight=None, target_weight=None, kernel="tukey", trim=1.0, slip=0.0, min_cosine=None,
-        tolerance=1e-7, tree=None):
+        shift_only=False, tolerance=1e-7, tree=None):
     """Iterative closest point from one or many starting poses at once.
 
     source (N,3), or (K,N,3) one set a start; target (M,3); init (4,4) or (K,4,4), default identity. Planes are those of
@@ -271,7 +273,7 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
         if normal is None:
             step = kabsch(moved, partner, w)
         else:
-            step = gauss_newton(moved, partner, normal, w, T[:, :3, 3], slip)
+            step = gauss_newton(moved, partner, normal, w, T[:, :3, 3], slip, shift_only)
         step[w.sum(1) <= 0] = np.eye(4)
         T = step @ T                                      # R' = dR R; the origin moves by dt
         if np.abs(step - np.eye(4)).max() < tolerance:
@@ -515,7 +517,8 @@ def search(model, scene, centre, rotations, radius, keep):
     return np.concatenate(found)[np.argsort(-np.concatenate(totals))[:keep]]
 
 
-def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view_weight=None, iterations=4):
+def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view_weight=None, iterations=4,
+           shift_only=False):
     """ICP of K hypotheses, rendered anew before each of the `distances`: those model points that are visible and not
     hidden."""
     for distance in distances:
@@ -527,7 +530,8 @@ def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view
         poses, _, _ = icp(source, cloud.points, cloud.normals, poses, distance, iterations,
                           source_normals=model.normals[shown], weight=np.take_along_axis(weight, shown, 1), slip=slip,
                           min_cosine=0.5 if scene.noise < NOISY else None, tree=cloud.tree,
-                          target_weight=None if view_weight is None else view_weight[cloud.view])
+                          target_weight=None if view_weight is None else view_weight[cloud.view],
+                          shift_only=shift_only)
     return poses
 
 
@@ -539,6 +543,7 @@ def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0):
     """
     hand = part(model, model.slide == 0)
     none = np.zeros(len(poses))
+    poses = refine(hand, scene, cloud, poses, none, (0.06,), 120, slip=0.3, iterations=3, shift_only=True)
     poses = refine(hand, scene, cloud, poses, none, (0.05, 0.03), 120, slip=0.3, iterations=3)
     score = evidence(compare(hand, scene, poses, none, 250, shell=True)).score
     poses = distinct(poses, score * max(1, len(hand.points) / 250) - cost(poses), 2 * keep)
@@ -753,9 +758,10 @@ def track_one(model, scene, state, dt):
     best = np.argmax(seen.score - cost(poses) + 1e4 * sure)       # those first: a hand half hidden scores little
     opening = openings[best]
     pose, fitness, rmse = polish(model, scene, cloud, poses[best], opening)
-    stay, move = evidence(compare(model, scene, np.stack([state.pose, pose]), np.full(2, opening), shell=True)).score
-    if stay >= move:                                      # a hand at rest does not drift with the noise
-        pose = state.pose
+    options = np.stack([state.pose, poses[best], pose])
+    stay, rough, fine = evidence(compare(model, scene, options, np.full(3, opening), shell=True)).score
+    # a hand at rest does not drift with the noise, and a few points do not bear the finest fit
+    pose = options[0 if stay >= max(rough, fine) else 1 if rough > fine + 5 else 2]
     profile = finger_profile(model, scene, pose)
     opening = likeliest(profile, state.opening)
     seen = evidence(compare(model, scene, pose[None], np.array([opening]), shell=True))
