@@ -48,7 +48,7 @@ VOXEL = 0.03                # m, of the search
 SEARCHED = 60               # model points that the search uses
 PEAKS = 8                   # places that one of many turns may propose
 NONE = np.int16(-32768)     # of a place: worse than any
-HYPOTHESES = 12             # of a search that enter ICP first; the others follow where none of them fits
+HYPOTHESES = 40             # of a search that enter ICP first; the others follow where none of them fits
 WIDTHS = np.linspace(0, STROKE, 33)                      # m, the openings that are tried
 FINGER_AGREE = 0.006        # m along the ray, the same for a finger: finer, for fingers slide past each other unnoticed
 SHELL = 0.03                # m, so far outside the hand there is nothing
@@ -438,12 +438,14 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
         if shell:
             air = np.flatnonzero(model.shell[:N])
             y, x, z, inside = look_up(scene, v, points[:, air] + SHELL * normals[:, air])
-            in_shell += (inside & ~scene.still[v, y, x] & (np.abs(scene.depth[v, y, x] - z) < 0.5 * SHELL)).sum(1)
+            measured = scene.depth[v, y, x]
+            whole = measured - scene.near[v, y, x] < tolerance      # no mixture of two surfaces, which hangs in the air
+            in_shell += (inside & ~scene.still[v, y, x] & whole & (np.abs(measured - z) < 0.5 * SHELL)).sum(1)
     return SimpleNamespace(visible=visible, gap=gap, still=still, shell=in_shell, points=points, mount=model.mount[:N],
                            edge=edge, tolerance=tolerance)
 
 
-def evidence(seen):
+def evidence(seen, slack=0.0):
     """Of what `compare` saw: score, agree, contradict and in_view, (K,) each, in model points.
 
     A point that should be seen and is not, or that lies on scenery, weighs five times one that agrees: an arm or the
@@ -452,13 +454,14 @@ def evidence(seen):
     """
     visible = seen.visible & ~(seen.still & seen.mount)
     gap = np.where(visible, seen.gap, np.nan)
-    close = np.abs(gap) < seen.tolerance
-    agree = np.where(close & ~seen.still, 1 - (gap / seen.tolerance)**2, 0).sum((1, 2))
-    contradict = ((gap > seen.tolerance) | (close & seen.still)).sum((1, 2)) + seen.shell
-    hidden = (gap < -seen.tolerance).sum((1, 2))
-    in_view = (visible & ~seen.edge & ~(seen.gap < -seen.tolerance)).sum((1, 2))
-    return SimpleNamespace(score=agree - 5 * contradict - 0.1 * hidden, agree=agree, contradict=contradict,
-                           in_view=in_view)
+    tolerance = max(seen.tolerance, slack)
+    close = np.abs(gap) < tolerance
+    agree = np.where(close & ~seen.still, 1 - (gap / tolerance)**2, 0).sum((1, 2))
+    contradict = ((gap > tolerance) | (close & seen.still)).sum((1, 2)) + seen.shell
+    hidden = (gap < -tolerance).sum((1, 2))
+    in_view = (visible & ~seen.edge & ~(seen.gap < -tolerance)).sum((1, 2))
+    return SimpleNamespace(score=agree - (2 if slack else 5) * contradict - 0.1 * hidden, agree=agree,
+                           contradict=contradict, in_view=in_view)
 
 
 # ------------------------------------------------------------------------------------------------------ the search
@@ -529,28 +532,29 @@ def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view
         source = np.take_along_axis(at_opening(model, opening), shown[..., None], 1)
         poses, _, _ = icp(source, cloud.points, cloud.normals, poses, distance, iterations,
                           source_normals=model.normals[shown], weight=np.take_along_axis(weight, shown, 1), slip=slip,
-                          min_cosine=0.5 if scene.noise < NOISY else None, tree=cloud.tree,
+                          min_cosine=0.5 if scene.noise < NOISY else 0.2, tree=cloud.tree,
                           target_weight=None if view_weight is None else view_weight[cloud.view],
                           shift_only=shift_only)
     return poses
 
 
-def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0):
+def settle(model, scene, cloud, poses, before, keep=4, cost=lambda poses: 0.0):
     """Hypotheses -> the best `keep` of them, refined, each with the opening that suits it.
 
-    Which of them is right is decided without the fingers first: they may have moved. cost(poses) (K,) comes off their
-    scores. Returns poses (k,4,4), opening (k,), and what `evidence` says of each.
+    A funnel: each round of ICP has fewer hypotheses and more points. Which of them is right is decided without the
+    fingers first: they may have moved. cost(poses) (K,) comes off their scores. Returns poses (k,4,4), opening (k,),
+    and what `evidence` says of each.
     """
     hand = part(model, model.slide == 0)
-    none = np.zeros(len(poses))
-    poses = refine(hand, scene, cloud, poses, none, (0.06,), 120, slip=0.3, iterations=3, shift_only=True)
-    poses = refine(hand, scene, cloud, poses, none, (0.05, 0.03), 120, slip=0.3, iterations=3)
-    score = evidence(compare(hand, scene, poses, none, 250, shell=True)).score
-    poses = distinct(poses, score * max(1, len(hand.points) / 250) - cost(poses), 2 * keep)
-    poses = refine(hand, scene, cloud, poses, none[:len(poses)], (0.03, 0.015), 250)
-    score = evidence(compare(hand, scene, poses, none[:len(poses)], shell=True)).score
-    poses = distinct(poses, score - cost(poses), keep)
-    openings = np.array([likeliest(finger_profile(model, scene, pose), before) for pose in poses])
+    for distances, count, rest, slack in ((0.06,), 80, 6 * keep, 0.03), ((0.05, 0.03), 120, 3 * keep, 0.02), \
+                                         ((0.03, 0.015), 250, keep, 0.0):
+        none = np.zeros(len(poses))
+        poses = refine(hand, scene, cloud, poses, none, distances, count, 0.3 if slack else 0.1, None, 3, slack == 0.03)
+        score = evidence(compare(hand, scene, poses, none, count, shell=not slack), slack).score
+        poses = distinct(poses, score * max(1, len(hand.points) / count) - cost(poses), rest)
+    openings = np.full(len(poses), before)
+    for i in range(min(2, len(poses))):                   # the best two may have moved their fingers
+        openings[i] = likeliest(finger_profile(model, scene, poses[i]), before)
     return poses, openings, evidence(compare(model, scene, poses, openings, shell=True))
 
 
@@ -565,6 +569,20 @@ def distinct(poses, score, keep):
         if len(chosen) == keep:
             break
     return poses[chosen]
+
+
+def climb(model, scene, pose, opening):
+    """A pose nudged, by turns about the palm and shifts, to where it agrees best: what half hides a hand also draws
+    ICP aside."""
+    palm = rigid(np.eye(3)[None], np.array([[0, 0, 0.05]]))[0]
+    for degrees, metres in ((8, 0.008), (4, 0.004), (4, 0.004), (2, 0.002), (2, 0.002)):
+        axes = np.concatenate([np.eye(3), -np.eye(3)])
+        nudges = np.concatenate([np.eye(4)[None], rigid(Rotation.from_rotvec(np.radians(degrees) * axes).as_matrix(),
+                                                        np.zeros((6, 3))),
+                                 rigid(np.tile(np.eye(3), (6, 1, 1)), metres * axes)])
+        poses = pose @ palm @ nudges @ invert(palm)
+        pose = poses[evidence(compare(model, scene, poses, np.full(13, opening), 300, shell=True)).score.argmax()]
+    return pose
 
 
 def polish(model, scene, cloud, pose, opening):
@@ -672,7 +690,7 @@ def fan(limit, count):
 
 
 # What is searched until something fits: turns (R,3,3), speed in m/s, hypotheses. 90 degrees/s are 45 at 2 Hz.
-SEARCHES = (fan(0, 1), 0.6, 24), (fan(45, 400), 0.6, 72), (fan(85, 1000), 0.8, 72)
+SEARCHES = (fan(0, 1), 0.6, 48, 0.5), (fan(45, 600), 0.6, 64, 0.4), (fan(85, 500), 0.8, 64, 0.4)
 
 
 def register(model, scene, mask, rotations=200):
@@ -743,20 +761,25 @@ def track_one(model, scene, state, dt):
     # What the robot did before it does on: far and turned costs points, little beside those that a wrong place loses.
     cost = lambda poses: np.min([travel(poses, guess, 1 + state.missed) for guess in guesses], axis=0)
     hand = part(model, model.slide == 0)
-    poses, openings, seen = settle(model, scene, cloud, guesses, state.opening, cost=cost)
-    found = fits_well(seen, cost(poses)) and seen.score.max() > 0.8 * state.score
-    for turns, speed, hypotheses in SEARCHES:
-        if found:
+    poses, openings = guesses, np.full(2, state.opening)
+    seen = evidence(compare(model, scene, poses, openings, shell=True))
+    found = seen.score.max() > 0.8 * state.score and fits_well(seen, cost(poses))           # at rest, or on its way
+    if not found and seen.score.max() > 0:
+        poses, openings, seen = settle(model, scene, cloud, guesses, state.opening, cost=cost)
+        found = seen.score.max() > 0.8 * state.score and fits_well(seen, cost(poses))
+    for turns, speed, hypotheses, enough in SEARCHES:
+        if found or turns is SEARCHES[-1][0] and not state.missed:
             break
         wide = search(hand, scene, state.pose[:3, 3], state.pose[:3, :3] @ turns, reach(speed), hypotheses)
-        for some in np.split(wide, [HYPOTHESES]):
-            if not found and len(some):
-                poses = np.concatenate([poses, some])
-                poses, openings, seen = settle(model, scene, cloud, poses, state.opening, cost=cost)
-                found = fits_well(seen, cost(poses))
+        if len(wide):
+            poses, openings, seen = settle(model, scene, cloud, np.concatenate([poses, wide]), state.opening, cost=cost)
+            worth = seen.score - cost(poses)
+            found = worth.max() > enough * seen.in_view[worth.argmax()] and seen.agree[worth.argmax()] > MIN_AGREE
     sure = believed(scene, seen, cost(poses), state.missed > 0)
     best = np.argmax(seen.score - cost(poses) + 1e4 * sure)       # those first: a hand half hidden scores little
     opening = openings[best]
+    if not sure[best]:
+        poses[best] = climb(model, scene, poses[best], opening)
     pose, fitness, rmse = polish(model, scene, cloud, poses[best], opening)
     options = np.stack([state.pose, poses[best], pose])
     stay, rough, fine = evidence(compare(model, scene, options, np.full(3, opening), shell=True)).score
