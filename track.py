@@ -457,7 +457,7 @@ def evidence(seen, slack=0.0):
     tolerance = max(seen.tolerance, slack)
     close = np.abs(gap) < tolerance
     agree = np.where(close & ~seen.still, 1 - (gap / tolerance)**2, 0).sum((1, 2))
-    contradict = ((gap > tolerance) | (close & seen.still)).sum((1, 2)) + seen.shell
+    contradict = ((gap > tolerance) | (close & seen.still)).sum((1, 2)) + seen.shell / 2
     hidden = (gap < -tolerance).sum((1, 2))
     in_view = (visible & ~seen.edge & ~(seen.gap < -tolerance)).sum((1, 2))
     return SimpleNamespace(score=agree - (2 if slack else 5) * contradict - 0.1 * hidden, agree=agree,
@@ -740,7 +740,8 @@ def believed(scene, seen, cost, anew=False):
     after a loss, nothing else speaks for the place, so that a pose has to fit better."""
     clear = seen.agree - 5 * seen.contradict              # that much of it is hidden is no reason to doubt the rest
     worth = (clear - 2 * cost) / MIN_SCORE_ANEW if anew else (clear - cost) / MIN_SCORE
-    return (seen.agree >= np.maximum(MIN_AGREE, MIN_SHARE * seen.in_view)) & (worth >= seen.in_view)
+    enough = MIN_AGREE * (2 if anew else 1)
+    return (seen.agree >= np.maximum(enough, MIN_SHARE * seen.in_view)) & (worth >= seen.in_view)
 
 
 def track_one(model, scene, state, dt):
@@ -776,10 +777,12 @@ def track_one(model, scene, state, dt):
             worth = seen.score - cost(poses)
             found = worth.max() > enough * seen.in_view[worth.argmax()] and seen.agree[worth.argmax()] > MIN_AGREE
     sure = believed(scene, seen, cost(poses), state.missed > 0)
+    if not sure.any():
+        poses = np.stack([climb(model, scene, pose, opening) for pose, opening in zip(poses, openings)])
+        seen = evidence(compare(model, scene, poses, openings, shell=True))
+        sure = believed(scene, seen, cost(poses), state.missed > 0)
     best = np.argmax(seen.score - cost(poses) + 1e4 * sure)       # those first: a hand half hidden scores little
     opening = openings[best]
-    if not sure[best]:
-        poses[best] = climb(model, scene, poses[best], opening)
     pose, fitness, rmse = polish(model, scene, cloud, poses[best], opening)
     options = np.stack([state.pose, poses[best], pose])
     stay, rough, fine = evidence(compare(model, scene, options, np.full(3, opening), shell=True)).score
@@ -807,8 +810,8 @@ def travel(poses, guess, frames):
     degrees a frame, four times that at twice; no hand turns by more than 90."""
     shift = np.linalg.norm(poses[:, :3, 3] - guess[:3, 3], axis=1) / frames
     cosine = (np.einsum("kij,ij->k", poses[:, :3, :3], guess[:3, :3]) - 1) / 2
-    turn = np.degrees(np.arccos(cosine.clip(-1, 1))) / frames
-    return 10 * (shift / 0.15)**2 + 10 * (turn / 30)**2 + 1e4 * (turn > 90)
+    turn = np.degrees(np.arccos(cosine.clip(-1, 1)))
+    return 10 * (shift / 0.15)**2 + 10 * (turn / min(frames, 2) / 30)**2 + 1e4 * (turn > 90)
 
 
 def overlap(a, b):
