@@ -57,6 +57,7 @@ EVENT = 0.007               # m, the fingers' way beyond which they have closed 
 # (without what is hidden) a point in view, and that after a loss. In recorded episodes the true pose of a hand with 200
 # points in view scores 0.8 a point in the median, 0.61 in the worst twentieth, with what is hidden taken off.
 MIN_AGREE, MIN_AGREE_NOISY, MIN_SHARE, MIN_SCORE, MIN_SCORE_ANEW = 40, 90, 0.7, 0.38, 0.6
+CLEAR = 120                 # model points, a score at which others of a third of it are dropped
 WELL = 0.5                  # score a point in view at which the search ends
 HALF_TURN = np.diag([-1.0, -1.0, 1.0, 1.0])  # about the approach axis: it maps the hand onto itself, fingers swapped
 
@@ -538,7 +539,7 @@ def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view
     return poses
 
 
-def settle(model, scene, cloud, poses, before, keep=4, cost=lambda poses: 0.0):
+def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0):
     """Hypotheses -> the best `keep` of them, refined, each with the opening that suits it.
 
     A funnel: each round of ICP has fewer hypotheses and more points. Which of them is right is decided without the
@@ -546,12 +547,15 @@ def settle(model, scene, cloud, poses, before, keep=4, cost=lambda poses: 0.0):
     and what `evidence` says of each.
     """
     hand = part(model, model.slide == 0)
-    for distances, count, rest, slack in ((0.06,), 80, 6 * keep, 0.03), ((0.05, 0.03), 120, 3 * keep, 0.02), \
+    for distances, count, rest, slack in ((0.06,), 80, 4 * keep, 0.03), ((0.05, 0.03), 120, 2 * keep, 0.02), \
                                          ((0.03, 0.015), 250, keep, 0.0):
         none = np.zeros(len(poses))
         poses = refine(hand, scene, cloud, poses, none, distances, count, 0.3 if slack else 0.1, None, 3, slack == 0.03)
         score = evidence(compare(hand, scene, poses, none, count, shell=not slack), slack).score
-        poses = distinct(poses, score * max(1, len(hand.points) / count) - cost(poses), rest)
+        score = score * max(1, len(hand.points) / count) - cost(poses)
+        if score.max() > CLEAR:                           # then it is one of these
+            poses, score = poses[score > score.max() / 3], score[score > score.max() / 3]
+        poses = distinct(poses, score, rest)
     openings = np.full(len(poses), before)
     for i in range(min(2, len(poses))):                   # the best two may have moved their fingers
         openings[i] = likeliest(finger_profile(model, scene, poses[i]), before)
