@@ -458,7 +458,7 @@ def evidence(seen, slack=0.0):
     tolerance = max(seen.tolerance, slack)
     close = np.abs(gap) < tolerance
     agree = np.where(close & ~seen.still, 1 - (gap / tolerance)**2, 0).sum((1, 2))
-    contradict = ((gap > tolerance) | (close & seen.still)).sum((1, 2)) + seen.shell / 2
+    contradict = ((gap > tolerance) | (close & seen.still)).sum((1, 2)) + seen.shell / 5
     hidden = (gap < -tolerance).sum((1, 2))
     in_view = (visible & ~seen.edge & ~(seen.gap < -tolerance)).sum((1, 2))
     return SimpleNamespace(score=agree - (2 if slack else 5) * contradict - 0.1 * hidden, agree=agree,
@@ -543,8 +543,7 @@ def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0):
     """Hypotheses -> the best `keep` of them, refined, each with the opening that suits it.
 
     A funnel: each round of ICP has fewer hypotheses and more points. Which of them is right is decided without the
-    fingers first: they may have moved. cost(poses) (K,) comes off their scores. Returns poses (k,4,4), opening (k,),
-    and what `evidence` says of each.
+    fingers first: they may have moved. cost(poses) (K,) comes off their scores. Returns poses (k,4,4), opening (k,).
     """
     hand = part(model, model.slide == 0)
     for distances, count, rest, slack in ((0.06,), 80, 4 * keep, 0.03), ((0.05, 0.03), 120, 2 * keep, 0.02), \
@@ -555,15 +554,15 @@ def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0):
         score = score * max(1, len(hand.points) / count) - cost(poses)
         if score.max() > CLEAR:                           # then it is one of these
             poses, score = poses[score > score.max() / 3], score[score > score.max() / 3]
-        poses = distinct(poses, score, rest)
+        poses, score = distinct(poses, score, rest)
     openings = np.full(len(poses), before)
-    for i in range(min(2, len(poses))):                   # the best two may have moved their fingers
+    for i in np.flatnonzero(score > score.max() - 60):
         openings[i] = likeliest(finger_profile(model, scene, poses[i]), before)
-    return poses, openings, evidence(compare(model, scene, poses, openings, shell=True))
+    return poses, openings
 
 
 def distinct(poses, score, keep):
-    """The best `keep` poses, no two of them within 5 mm and 5 degrees of each other."""
+    """The best `keep` poses, no two of them within 5 mm and 5 degrees of each other, and their scores."""
     chosen = []
     for i in np.argsort(-score):
         near = [np.linalg.norm(poses[i, :3, 3] - poses[j, :3, 3]) < 0.005
@@ -572,21 +571,7 @@ def distinct(poses, score, keep):
             chosen.append(i)
         if len(chosen) == keep:
             break
-    return poses[chosen]
-
-
-def climb(model, scene, pose, opening):
-    """A pose nudged, by turns about the palm and shifts, to where it agrees best: what half hides a hand also draws
-    ICP aside."""
-    palm = rigid(np.eye(3)[None], np.array([[0, 0, 0.05]]))[0]
-    for degrees, metres in ((8, 0.008), (4, 0.004), (4, 0.004), (2, 0.002), (2, 0.002)):
-        axes = np.concatenate([np.eye(3), -np.eye(3)])
-        nudges = np.concatenate([np.eye(4)[None], rigid(Rotation.from_rotvec(np.radians(degrees) * axes).as_matrix(),
-                                                        np.zeros((6, 3))),
-                                 rigid(np.tile(np.eye(3), (6, 1, 1)), metres * axes)])
-        poses = pose @ palm @ nudges @ invert(palm)
-        pose = poses[evidence(compare(model, scene, poses, np.full(13, opening), 300, shell=True)).score.argmax()]
-    return pose
+    return poses[chosen], score[chosen]
 
 
 def polish(model, scene, cloud, pose, opening):
@@ -694,7 +679,7 @@ def fan(limit, count):
 
 
 # What is searched until something fits: turns (R,3,3), speed in m/s, hypotheses. 90 degrees/s are 45 at 2 Hz.
-SEARCHES = (fan(0, 1), 0.6, 48, 0.5), (fan(45, 600), 0.6, 64, 0.4), (fan(85, 500), 0.8, 64, 0.4)
+SEARCHES = (fan(0, 1), 0.6, 48, WELL), (fan(45, 600), 0.6, 64, 0.4), (fan(85, 500), 0.8, 64, 0.4)
 
 
 def register(model, scene, mask, rotations=200):
@@ -718,11 +703,12 @@ def register(model, scene, mask, rotations=200):
     for some in np.array_split(all_rotations(rotations), 10):
         poses = np.concatenate([search(hand, scene, centre - turn @ middle, turn[None], 0.1, 6) for turn in some])
         found.append(settle(model, scene, cloud, poses, 0.04, 4, cost)[0])
-    poses, openings, seen = settle(model, scene, cloud, np.concatenate(found), 0.04, 8, cost)
+    poses, openings = settle(model, scene, cloud, np.concatenate(found), 0.04, 8, cost)
+    seen = evidence(compare(model, scene, poses, openings, shell=True))
     first = poses[np.argmax(seen.score - 300 * unexplained(model, cloud, poses, openings))]
     both = []
     for turned in (np.eye(4), HALF_TURN):
-        poses, openings, _ = settle(model, scene, cloud, (first @ turned)[None], 0.04, 1)
+        poses, openings = settle(model, scene, cloud, (first @ turned)[None], 0.04, 1)
         pose = polish(model, scene, cloud, poses[0], openings[0])[0]
         opening = np.array([slide_fingers(model, scene, cloud, pose, openings[0]) or openings[0]])
         score = evidence(compare(model, scene, pose[None], opening)).score \
@@ -768,24 +754,25 @@ def track_one(model, scene, state, dt):
     hand = part(model, model.slide == 0)
     poses, openings = guesses, np.full(2, state.opening)
     seen = evidence(compare(model, scene, poses, openings, shell=True))
-    found = seen.score.max() > 0.8 * state.score and fits_well(seen, cost(poses))           # at rest, or on its way
-    if not found and seen.score.max() > 0:
-        poses, openings, seen = settle(model, scene, cloud, guesses, state.opening, cost=cost)
-        found = seen.score.max() > 0.8 * state.score and fits_well(seen, cost(poses))
+    found = seen.score.max() > 0.8 * state.score and fits_well(seen, cost(poses), WELL)     # at rest, or on its way
     for turns, speed, hypotheses, enough in SEARCHES:
         if found or turns is SEARCHES[-1][0] and not state.missed:
             break
         wide = search(hand, scene, state.pose[:3, 3], state.pose[:3, :3] @ turns, reach(speed), hypotheses)
-        if len(wide):
-            poses, openings, seen = settle(model, scene, cloud, np.concatenate([poses, wide]), state.opening, cost=cost)
-            worth = seen.score - cost(poses)
-            found = worth.max() > enough * seen.in_view[worth.argmax()] and seen.agree[worth.argmax()] > MIN_AGREE
+        if len(poses) == 2:
+            wide = np.concatenate([guesses, wide])
+        fitted, widths = settle(model, scene, cloud, wide, state.opening, cost=cost)
+        poses, openings = np.concatenate([poses, fitted]), np.concatenate([openings, widths])
+        seen = evidence(compare(model, scene, poses, openings, shell=True))
+        found = fits_well(seen, cost(poses), enough)
     sure = believed(scene, seen, cost(poses), state.missed > 0)
     if not sure.any():
-        poses = np.stack([climb(model, scene, pose, opening) for pose, opening in zip(poses, openings)])
+        poses = refine(model, scene, cloud, poses, openings, (0.03, 0.02, 0.015), 400, iterations=8)
         seen = evidence(compare(model, scene, poses, openings, shell=True))
         sure = believed(scene, seen, cost(poses), state.missed > 0)
-    best = np.argmax(seen.score - cost(poses) + 1e4 * sure)       # those first: a hand half hidden scores little
+    # Of those that are believed the one that fits best a point in view counts too: a hand half hidden scores little.
+    worth = seen.agree - 5 * seen.contradict - 2 * cost(poses)
+    best = np.argmax(np.where(sure, 1e4, 0) + worth * np.abs(worth) / np.maximum(seen.in_view, 1))
     opening = openings[best]
     pose, fitness, rmse = polish(model, scene, cloud, poses[best], opening)
     options = np.stack([state.pose, poses[best], pose])
@@ -803,10 +790,11 @@ def track_one(model, scene, state, dt):
         width=slide_fingers(model, scene, cloud, pose, opening))
 
 
-def fits_well(seen, cost):
-    """Whether the best of K hypotheses, of which `evidence` said `seen`, is so good that no more are needed."""
+def fits_well(seen, cost, enough):
+    """Whether the best of K hypotheses, of which `evidence` said `seen`, is so good that no more are needed: `enough` a
+    point in view."""
     best = np.argmax(seen.score - cost)
-    return seen.score[best] - cost[best] > WELL * seen.in_view[best] and seen.agree[best] > MIN_AGREE
+    return seen.score[best] - cost[best] > enough * seen.in_view[best] and seen.agree[best] > MIN_AGREE
 
 
 def travel(poses, guess, frames):
