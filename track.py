@@ -187,19 +187,15 @@ def gauss_newton(source, target, normal, weight, centre, slip, shift_only=False)
     The motion is a turn about `centre` (K,3) and then a shift. A little of point-to-point (`slip`) holds what planes
     alone let slide.
     """
-    arm, e = source - centre[:, None], target - source
-    J = np.concatenate([cross(arm, normal), normal], -1)                                 # (K,N,6)
-    Jw = (J * weight[..., None]).mT
-    A, g = Jw @ J, (Jw @ (e * normal).sum(-1)[..., None])[..., 0]
-    if slip:
-        we, wa = weight[..., None] * e, weight[..., None] * arm
-        aa, s = wa.mT @ arm, wa.sum(1)
-        skew = np.cross(s[:, None], np.eye(3))                                              # rows s x e_i
-        B = np.zeros_like(A)
-        B[:, :3, :3] = np.trace(aa, axis1=1, axis2=2)[:, None, None] * np.eye(3) - aa
-        B[:, :3, 3:], B[:, 3:, :3] = skew.mT, skew
-        B[:, 3:, 3:] = weight.sum(1)[:, None, None] * np.eye(3)
-        A, g = A + slip * B, g + slip * np.concatenate([cross(arm, we).sum(1), we.sum(1)], -1)
+    arm, e = source - centre[:, None], target - source                                      # (K,N,3)
+    rows, residuals, weights = [np.concatenate([cross(arm, normal), normal], -1)], [(e * normal).sum(-1)], [weight]
+    for i, axis in enumerate(np.eye(3) if slip else ()):
+        rows.append(np.concatenate([cross(arm, axis), np.broadcast_to(axis, arm.shape)], -1))
+        residuals.append(e[..., i])
+        weights.append(slip * weight)
+    J, r = np.concatenate(rows, 1), np.concatenate(residuals, 1)                            # (K,4N,6), (K,4N)
+    Jw = (J * np.concatenate(weights, 1)[..., None]).mT
+    A, g = Jw @ J, (Jw @ r[..., None])[..., 0]
     if shift_only:
         A[:, :3], A[:, :, :3], A[:, range(3), range(3)], g[:, :3] = 0, 0, 1, 0
     x = np.linalg.solve(A + 1e-9 * np.eye(6), g[..., None])[..., 0]
@@ -297,8 +293,8 @@ def make_scene(points, valid, intrinsics, view_in_ref, observed=None, here=None)
     with it.
     """
     ref_in_view = invert(view_in_ref)
-    z = np.einsum("vj,vhwj->vhw", ref_in_view[:, 2, :3], points) + ref_in_view[:, 2, 3, None, None]
-    depth = np.where(valid & (z > 0), z, 0).astype(np.float32)
+    z = depth_in_view(points, ref_in_view)
+    depth = np.where(valid & (z > 0), z, 0)
     scene = SimpleNamespace(points=points, depth=depth, intrinsics=intrinsics, ref_in_view=ref_in_view,
                             view_in_ref=view_in_ref, still=np.zeros(depth.shape, bool), noise=0.0)
     if observed is not None:
@@ -316,6 +312,12 @@ def make_scene(points, valid, intrinsics, view_in_ref, observed=None, here=None)
     return scene
 
 
+def depth_in_view(points, ref_in_view):
+    """z (V,H,W) m of points (V,H,W,3) in ref along the axes of the views' cameras, float32."""
+    axis, shift = ref_in_view[:, 2, :3].astype(np.float32), ref_in_view[:, 2, 3].astype(np.float32)
+    return (points.astype(np.float32, copy=False) @ axis[:, None, :, None])[..., 0] + shift[:, None, None]
+
+
 def steady(points, valid, observed):
     """One frame's points (V,H,W,3) as a generator makes them, mended with what the observed frame's scene knows.
 
@@ -323,11 +325,9 @@ def steady(points, valid, observed):
     points is that view's drift. A pixel's point lies on the pixel's ray: what is beside it is noise, as is what differs
     from the median of 3 x 3. Depth as clean as a sensor's, within NOISY, is left as it is.
     """
-    points = points.copy()
-    H, W = valid.shape[1:]
+    points, z = points.copy(), depth_in_view(points, observed.ref_in_view)
     for v, ref_in_view in enumerate(observed.ref_in_view):
-        z = transform(points[v], ref_in_view)[..., 2]
-        change = np.where(valid[v] & (observed.depth[v] > 0), np.abs(z - observed.depth[v]), np.inf)
+        change = np.where(valid[v] & (observed.depth[v] > 0), np.abs(z[v] - observed.depth[v]), np.inf)
         still = change < 0.05
         if still.mean() < 0.05 or 1.48 * np.median(change[still]) < NOISY:
             continue
@@ -338,8 +338,8 @@ def steady(points, valid, observed):
             moved = source @ drift[:, :3, :3].mT + drift[:, None, :3, 3]
             off = np.linalg.norm(moved - target, axis=-1)
             drift = kabsch(source, target, robust(off, max(4 * np.median(off), 1e-3), "tukey"))
-        z = median_filter(transform(points[v], ref_in_view @ drift[0])[..., 2], 3)
-        own = unproject(z, observed.intrinsics[v])
+        mended = depth_in_view(points[v:v + 1], (ref_in_view @ drift[0])[None])[0]
+        own = unproject(median_filter(mended, 3), observed.intrinsics[v])
         points[v] = transform(own, observed.view_in_ref[v])
     return points
 
@@ -405,7 +405,7 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
     tolerance = max(AGREE, 3 * scene.noise)
     for v in range(V):
         ray = points - scene.view_in_ref[v, :3, 3].astype(np.float32)
-        pixel = np.sqrt((ray[:, 0]**2).sum(-1).mean()) / scene.intrinsics[v, 0, 0]         # its width on the hand, m
+        pixel = np.linalg.norm(ray[0, 0]) / scene.intrinsics[v, 0, 0]                      # its width on the hand, m
         k, n = np.nonzero(np.einsum("kni,kni->kn", ray, normals) < 0)                       # facing the camera
         y, x, z, inside = look_up(scene, v, points[k, n])
         k, n, y, x, z = k[inside], n[inside], y[inside], x[inside], z[inside]
@@ -890,7 +890,8 @@ def track(prediction, init="auto", model=None, progress=False):
     frames = [states]
     for t in tqdm(range(T), desc="tracking", unit="frame", disable=not progress):
         # no scenery: where the hands were, and what lay in line with them and looks different now
-        other = here | maybe & (np.abs(p["rgb"][:, t].astype(int) - p["observed_rgb"]).max(-1) > RECOLOURED)
+        other = here.copy()
+        other[maybe] |= np.abs(p["rgb"][:, t][maybe].astype(int) - p["observed_rgb"][maybe]).max(-1) > RECOLOURED
         scene = make_scene(steady(p["points"][:, t], p["valid"][:, t], observed), p["valid"][:, t], p["intrinsics"], p["view_in_ref"], observed, other)
         before, states = states, [s if s.gone else track_one(m, scene, s, 1 / p["fps"]) for m, s in zip(models, states)]
         for a, b in combinations(range(A), 2):
