@@ -50,8 +50,13 @@ PEAKS = 8                   # places that one of many turns may propose
 NONE = np.int16(-32768)     # of a place: worse than any
 HYPOTHESES = 40             # of a search that enter ICP first; the others follow where none of them fits
 WIDTHS = np.linspace(0, STROKE, 33)                      # m, the openings that are tried
+# What a width costs, in model points, before and after a step in which something came along: it is held at one end of
+# it at least, and fingers that no view shows rather close on it than nearly.
+GRASPED = 6.0 * (WIDTHS > STROKE - 0.01) + 4 * WIDTHS / STROKE
+UNSEEN = 8                  # points between the best and the worst width, below which fingers count as unseen
 FINGER_AGREE = 0.006        # m along the ray, the same for a finger: finer, for fingers slide past each other unnoticed
 SHELL = 0.03                # m, so far outside the hand there is nothing
+GONE = 0.015                # m, a hand that moved farther shows whether something came along
 EVENT = 0.007               # m, the fingers' way beyond which they have closed or opened
 # Of a pose that is believed: model points that agree, the same in noisy depth, their share of those in view, the score
 # (without what is hidden) a point in view, and that after a loss. In recorded episodes the true pose of a hand with 200
@@ -641,6 +646,33 @@ def slide_fingers(model, scene, cloud, pose, opening):
     return opening
 
 
+def comes_along(model, scene, after, state, next_state):
+    """Whether what lies between the fingertips in one frame has gone with the hand in the next: then it is held.
+
+    Of the points there that are not the hand's, most are found again where the hand's motion takes them, and not where
+    they were, which a table's would be in both places.
+    """
+    pose, moved = state.pose, next_state.pose
+    if state.lost or next_state.lost or np.linalg.norm(moved[:3, 3] - pose[:3, 3]) < GONE:
+        return False
+    near = (scene.depth > 0) & (np.abs(scene.points - pose[:3, 3]).max(-1) < 0.2)
+    points = scene.points[near].astype(float)
+    in_gripper = transform(points, invert(pose))
+    x, y, z = in_gripper.T
+    between = (np.abs(x) < 0.03) & (np.abs(y) < STROKE / 2) & (z > 0.07) & (z < 0.15)
+    in_gripper = in_gripper[between]
+    if len(in_gripper) < 10:
+        return False
+    tree = cKDTree(at_opening(model, [state.opening])[0])
+    in_gripper = in_gripper[tree.query(in_gripper)[0] > 0.01]
+    if len(in_gripper) < 10:
+        return False
+    went, stayed = (np.any([inside & (np.abs(after.depth[v, y, x] - z) < AGREE) for v in range(len(after.depth))
+                            for y, x, z, inside in [look_up(after, v, transform(in_gripper, pose))]], axis=0).mean()
+                    for pose in (moved, pose))
+    return went > 0.3 and went - stayed > 0.25
+
+
 def opening_path(profiles, speed, first):
     """The likeliest widths (F,) of a whole video: the Viterbi path through the frames' profiles (F,W).
 
@@ -827,7 +859,7 @@ def claim(model, scene, state):
 
 def first_state(pose, opening):
     return SimpleNamespace(pose=pose, motion=np.eye(4), opening=float(opening), score=0.0, missed=0,
-                           lost=False, gone=False, fitness=1.0, inlier_rmse=0.0, profile=np.zeros(len(WIDTHS)),
+                           lost=False, gone=False, held=False, fitness=1.0, inlier_rmse=0.0, profile=np.zeros(len(WIDTHS)),
                            width=opening)
 
 
@@ -887,7 +919,7 @@ def track(prediction, init="auto", model=None, progress=False):
         here |= masks.any(1)
     here = binary_dilation(here, np.ones((1, 3, 3), bool))
 
-    frames = [states]
+    frames, last = [states], observed
     for t in tqdm(range(T), desc="tracking", unit="frame", disable=not progress):
         # no scenery: where the hands were, and what lay in line with them and looks different now
         other = here.copy()
@@ -902,7 +934,10 @@ def track(prediction, init="auto", model=None, progress=False):
                 owner, other = (a, b) if way(a) <= way(b) else (b, a)
                 claim(model, scene, states[owner])
                 states[other] = track_one(models[other], scene, before[other], 1 / p["fps"])
+        for m, s, next_state in zip(models, frames[-1], states):
+            next_state.held = comes_along(m, last, scene, s, next_state)
         frames.append(states)
+        last = scene
 
     collect = lambda name: np.array([[getattr(s, name) for s in states] for states in frames])
     gripper_in_ref, lost = collect("pose"), collect("lost")
@@ -938,6 +973,10 @@ def silhouette(model, scene, pose, opening):
 def openings_of(frames):
     """Openings (F,A) m of the states of all frames, and how clearly (F,A) the fingers are seen, in model points."""
     profiles = np.array([[s.profile for s in states] for states in frames])                 # (F,A,W)
+    fingers = np.ptp(profiles, axis=-1)
+    held = np.array([[s.held for s in states] for states in frames])
+    steps = held + np.append(held[1:], np.zeros_like(held[:1]), 0)                          # before and after a frame
+    profiles -= (steps * (fingers < UNSEEN))[..., None] * GRASPED
     position = np.array([[s.pose[:3, 3] for s in states] for states in frames])
     speed = np.linalg.norm(np.diff(position, axis=0), axis=-1)                              # (F-1,A)
     opening = np.stack([opening_path(profiles[:, a], speed[:, a], frames[0][a].opening)
@@ -946,7 +985,7 @@ def openings_of(frames):
         for a, s in enumerate(states):
             if s.width is not None and abs(s.width - opening[t, a]) < 0.003:        # finer, between two WIDTHS
                 opening[t, a] = s.width
-    return opening, np.ptp(profiles, axis=-1)
+    return opening, fingers
 
 
 def closed_flags(opening):
