@@ -654,7 +654,7 @@ def comes_along(model, scene, after, state, next_state):
     """
     pose, moved = state.pose, next_state.pose
     if state.lost or next_state.lost or np.linalg.norm(moved[:3, 3] - pose[:3, 3]) < GONE:
-        return False
+        return 0
     near = (scene.depth > 0) & (np.abs(scene.points - pose[:3, 3]).max(-1) < 0.2)
     points = scene.points[near].astype(float)
     in_gripper = transform(points, invert(pose))
@@ -662,15 +662,15 @@ def comes_along(model, scene, after, state, next_state):
     between = (np.abs(x) < 0.03) & (np.abs(y) < STROKE / 2) & (z > 0.07) & (z < 0.15)
     in_gripper = in_gripper[between]
     if len(in_gripper) < 10:
-        return False
+        return 0
     tree = cKDTree(at_opening(model, [state.opening])[0])
     in_gripper = in_gripper[tree.query(in_gripper)[0] > 0.01]
     if len(in_gripper) < 10:
-        return False
+        return 0
     went, stayed = (np.any([inside & (np.abs(after.depth[v, y, x] - z) < AGREE) for v in range(len(after.depth))
                             for y, x, z, inside in [look_up(after, v, transform(in_gripper, pose))]], axis=0).mean()
                     for pose in (moved, pose))
-    return went > 0.3 and went - stayed > 0.25
+    return int(went > 0.3 and went - stayed > 0.25) - int(stayed - went > 0.5)
 
 
 def opening_path(profiles, speed, first):
@@ -975,8 +975,10 @@ def openings_of(frames):
     profiles = np.array([[s.profile for s in states] for states in frames])                 # (F,A,W)
     fingers = np.ptp(profiles, axis=-1)
     held = np.array([[s.held for s in states] for states in frames])
-    steps = held + np.append(held[1:], np.zeros_like(held[:1]), 0)                          # before and after a frame
+    came, left = held > 0, held < 0
+    steps = came + np.append(came[1:], np.zeros_like(came[:1]), 0).astype(int)              # before and after a frame
     profiles -= (steps * (fingers < UNSEEN))[..., None] * GRASPED
+    profiles -= (left * (fingers < UNSEEN))[..., None] * 6.0 * (WIDTHS < STROKE - 0.02)
     position = np.array([[s.pose[:3, 3] for s in states] for states in frames])
     speed = np.linalg.norm(np.diff(position, axis=0), axis=-1)                              # (F-1,A)
     opening = np.stack([opening_path(profiles[:, a], speed[:, a], frames[0][a].opening)
