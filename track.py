@@ -6,13 +6,14 @@
     python track.py --episode data/task_1/episode_000 --cameras 12 13  # a packed episode's true pointmaps, with errors
     python track.py --episode ... --object box.obj                        # any other rigid mesh, from its first mask
 
-For every frame: (1) what has not changed since the observed frame is scenery, in depth, and near the hand in colour
-too, for a hand may come to lie where its arm was; (2) where the hand is not at rest, a voxel search over all places
-and turns that it can have reached; (3) ICP of the best few, with the model points that are visible at the estimate,
-without the fingers, which may have moved; (4) render-and-compare decides, counting what agrees, what should be seen
-and is not, and what is there and should not be; (5) every opening of the fingers is held against the points. After
-the last frame the likeliest path through all frames' openings is taken. All views' points lie in one frame, so that
-they are fused by simply being put together.
+For every frame: (0) where depth fluctuates, as a generator's does, it is mended: scenery shows how each view drifts,
+and points belong on their pixels' rays; (1) what has not changed since the observed frame is scenery, in depth, and
+near the hand in colour too, for a hand may come to lie where its arm was; (2) where the hand is not at rest, a voxel
+search over all places and turns that it can have reached; (3) ICP of the best few, with the model points that are
+visible at the estimate, without the fingers, which may have moved; (4) render-and-compare decides, counting what
+agrees, what should be seen and is not, and what is there and should not be; (5) every opening of the fingers is held
+against the points. After the last frame the likeliest path through all frames' openings is taken, for which what came
+along with the hand was held. All views' points lie in one frame, so that they are fused by simply being put together.
 
 Letters   K hypotheses, N model points, M scene points, V views, F = 1 observed + T frames, A arms, H W pixels
 Frames    ref: the reference camera (view 0); cam: a view's own camera; gripper: Franka's hand frame (z out of the palm,
@@ -48,20 +49,21 @@ VOXEL = 0.03                # m, of the search
 SEARCHED = 60               # model points that the search uses
 PEAKS = 8                   # places that one of many turns may propose
 NONE = np.int16(-32768)     # of a place: worse than any
-HYPOTHESES = 40             # of a search that enter ICP first; the others follow where none of them fits
 WIDTHS = np.linspace(0, STROKE, 33)                      # m, the openings that are tried
 # What a width costs, in model points, before and after a step in which something came along: it is held at one end of
 # it at least, and fingers that no view shows rather close on it than nearly.
 GRASPED = 6.0 * (WIDTHS > STROKE - 0.01) + 4 * WIDTHS / STROKE
+LET_GO = 6.0 * (WIDTHS < STROKE - 0.02)                  # the same after a step in which it stayed behind
 UNSEEN = 8                  # points between the best and the worst width, below which fingers count as unseen
 FINGER_AGREE = 0.006        # m along the ray, the same for a finger: finer, for fingers slide past each other unnoticed
 SHELL = 0.03                # m, so far outside the hand there is nothing
 GONE = 0.015                # m, a hand that moved farther shows whether something came along
 EVENT = 0.007               # m, the fingers' way beyond which they have closed or opened
-# Of a pose that is believed: model points that agree, the same in noisy depth, their share of those in view, the score
-# (without what is hidden) a point in view, and that after a loss. In recorded episodes the true pose of a hand with 200
-# points in view scores 0.8 a point in the median, 0.61 in the worst twentieth, with what is hidden taken off.
-MIN_AGREE, MIN_AGREE_NOISY, MIN_SHARE, MIN_SCORE, MIN_SCORE_ANEW = 40, 90, 0.7, 0.38, 0.6
+# Of a pose that is believed: model points that agree, their share of those in view, the score (without what is hidden)
+# a point in view, and that after a loss, when twice the points have to agree. In recorded episodes the true pose of a
+# hand with 200 points in view scores 0.8 a point in the median, 0.61 in the worst twentieth, with what is hidden
+# taken off.
+MIN_AGREE, MIN_SHARE, MIN_SCORE, MIN_SCORE_ANEW = 40, 0.7, 0.38, 0.6
 CLEAR = 120                 # model points, a score at which others of a third of it are dropped
 WELL = 0.5                  # score a point in view at which the search ends
 HALF_TURN = np.diag([-1.0, -1.0, 1.0, 1.0])  # about the approach axis: it maps the hand onto itself, fingers swapped
@@ -233,7 +235,8 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
     `source_normals` if given (a rendered model's have no noise), else of `target_normals`, else point-to-point
     (Kabsch). weight (N,) or (K,N), target_weight (M,); kernel 'none' | 'huber' | 'tukey', its scale is
     max_correspondence_distance; trim: the share of nearest pairs that is used; min_cosine: between the two normals,
-    when both are given; tree: a cKDTree of target. Stops when no start moves by more than `tolerance`.
+    when both are given; shift_only: no turns, with planes; tree: a cKDTree of target. Stops when no start moves by more
+    than `tolerance`.
     Returns transformation (4,4), source to target; fitness, inliers / points in the source; inlier_rmse, m. With K
     starts each has a leading K. Raises ValueError for an empty cloud or a shape that does not fit.
     """
@@ -395,8 +398,9 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
     The mesh is drawn as its sample points through a z-buffer with cells as large as their spacing, which costs a few
     microseconds a point for any number of hypotheses.
     poses (K,4,4) gripper_in_ref, opening (K,). Returns a namespace: visible (K,V,N) bool; gap (K,V,N) m, measured z
-    minus the model's (nan where nothing is measured); still (K,V,N); shell (K,) points measured in the air around the
-    hand.
+    minus the model's (nan where nothing is measured, or at an edge); edge (K,V,N), points that noisy depth seems to
+    look through, but that are next to something nearer or on a finger, which blur away, so that nothing can be said;
+    still (K,V,N); shell (K,) points measured in the air around the hand.
     """
     K, V, (H, W) = len(poses), len(scene.depth), scene.depth.shape[1:]
     N = len(model.points) if count is None else min(count, len(model.points))
@@ -456,7 +460,8 @@ def evidence(seen, slack=0.0):
 
     A point that should be seen and is not, or that lies on scenery, weighs five times one that agrees: an arm or the
     held object often hides the hand, and nearly never does one look through it. The mount on unchanged pixels says
-    nothing: an arm that slides along itself looks the same.
+    nothing: an arm that slides along itself looks the same. With `slack`, m, for poses that are still rough, more
+    agrees and a contradiction weighs two.
     """
     visible = seen.visible & ~(seen.still & seen.mount)
     gap = np.where(visible, seen.gap, np.nan)
@@ -547,7 +552,8 @@ def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view
 def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0):
     """Hypotheses -> the best `keep` of them, refined, each with the opening that suits it.
 
-    A funnel: each round of ICP has fewer hypotheses and more points. Which of them is right is decided without the
+    A funnel: each round of ICP has fewer hypotheses, more points and a stricter judge; the first only shifts, for what
+    the search found is off by more than ICP can turn by. Which of them is right is decided without the
     fingers first: they may have moved. cost(poses) (K,) comes off their scores. Returns poses (k,4,4), opening (k,).
     """
     hand = part(model, model.slide == 0)
@@ -580,7 +586,7 @@ def distinct(poses, score, keep):
 
 
 def polish(model, scene, cloud, pose, opening):
-    """The final fit of one pose: pose, fitness, inlier_rmse.
+    """The final fit of one pose (4,4).
 
     A view whose points lie off the common fit counts less: weight 1 / (sigma^2 + rmse^2), sigma = 3 mm.
     """
@@ -592,11 +598,16 @@ def polish(model, scene, cloud, pose, opening):
         rmse = np.array([np.sqrt(np.nanmean(g**2)) if np.isfinite(g).sum() > 10 else 0.01 for g in gap])
         view_weight = 1 / (0.003**2 + rmse**2)
         view_weight /= view_weight.max()
-    visible = (seen.visible & ~(seen.gap < -OCCLUDED)).any(1)[0]
-    points = transform(at_opening(model, [opening])[0][visible], pose)
-    distance = cloud.tree.query(points, distance_upper_bound=0.01)[0] if len(points) else np.array([np.inf])
+    return pose
+
+
+def inliers(model, cloud, seen, pose, opening):
+    """fitness and inlier_rmse, m, of a pose that `compare` saw: of the model points that are visible and not hidden,
+    those with a measured point within 1 cm."""
+    shown = (seen.visible & ~(seen.gap < -OCCLUDED)).any(1)[0]
+    distance = cloud.tree.query(transform(at_opening(model, [opening])[0][shown], pose), distance_upper_bound=0.01)[0]
     inlier = np.isfinite(distance)
-    return pose, inlier.mean(), np.sqrt((distance[inlier] ** 2).mean()) if inlier.any() else np.nan
+    return inlier.sum() / max(len(distance), 1), np.sqrt((distance[inlier]**2).mean()) if inlier.any() else np.nan
 
 
 # ----------------------------------------------------------------------------------------------------- the fingers
@@ -646,30 +657,34 @@ def slide_fingers(model, scene, cloud, pose, opening):
     return opening
 
 
-def comes_along(model, scene, after, state, next_state):
-    """Whether what lies between the fingertips in one frame has gone with the hand in the next: then it is held.
+def share_found(scene, points):
+    """The share of points (N,3) in ref that lie on what some view measures, within AGREE along its ray."""
+    found = np.zeros(len(points), bool)
+    for v in range(len(scene.depth)):
+        y, x, z, inside = look_up(scene, v, points)
+        found |= inside & (np.abs(scene.depth[v, y, x] - z) < AGREE)
+    return found.mean()
 
-    Of the points there that are not the hand's, most are found again where the hand's motion takes them, and not where
-    they were, which a table's would be in both places.
+
+def comes_along(model, scene, after, state, next_state):
+    """What became of the things between the fingertips, from one frame to the next: 1 they went with the hand, so that
+    they were held; -1 they stayed behind, so that nothing is held now; 0 it can't be told.
+
+    scene, state: of the one frame; after, next_state: of the next. Points that went are found again where the hand's
+    motion takes them and not where they were; a table's are in both places.
     """
     pose, moved = state.pose, next_state.pose
-    if state.lost or next_state.lost or np.linalg.norm(moved[:3, 3] - pose[:3, 3]) < GONE:
+    if state.lost or next_state.lost or not model.slide.any() or np.linalg.norm(moved[:3, 3] - pose[:3, 3]) < GONE:
         return 0
     near = (scene.depth > 0) & (np.abs(scene.points - pose[:3, 3]).max(-1) < 0.2)
-    points = scene.points[near].astype(float)
-    in_gripper = transform(points, invert(pose))
+    in_gripper = transform(scene.points[near].astype(float), invert(pose))
     x, y, z = in_gripper.T
-    between = (np.abs(x) < 0.03) & (np.abs(y) < STROKE / 2) & (z > 0.07) & (z < 0.15)
-    in_gripper = in_gripper[between]
+    in_gripper = in_gripper[(np.abs(x) < 0.03) & (np.abs(y) < STROKE / 2) & (z > 0.07) & (z < 0.15)]
+    fingers = cKDTree(at_opening(model, [state.opening])[0])
+    in_gripper = in_gripper[fingers.query(in_gripper)[0] > 0.01]
     if len(in_gripper) < 10:
         return 0
-    tree = cKDTree(at_opening(model, [state.opening])[0])
-    in_gripper = in_gripper[tree.query(in_gripper)[0] > 0.01]
-    if len(in_gripper) < 10:
-        return 0
-    went, stayed = (np.any([inside & (np.abs(after.depth[v, y, x] - z) < AGREE) for v in range(len(after.depth))
-                            for y, x, z, inside in [look_up(after, v, transform(in_gripper, pose))]], axis=0).mean()
-                    for pose in (moved, pose))
+    went, stayed = (share_found(after, transform(in_gripper, where)) for where in (moved, pose))
     return int(went > 0.3 and went - stayed > 0.25) - int(stayed - went > 0.5)
 
 
@@ -741,7 +756,7 @@ def register(model, scene, mask, rotations=200):
     both = []
     for turned in (np.eye(4), HALF_TURN):
         poses, openings = settle(model, scene, cloud, (first @ turned)[None], 0.04, 1)
-        pose = polish(model, scene, cloud, poses[0], openings[0])[0]
+        pose = polish(model, scene, cloud, poses[0], openings[0])
         opening = np.array([slide_fingers(model, scene, cloud, pose, openings[0]) or openings[0]])
         score = evidence(compare(model, scene, pose[None], opening)).score \
             - 300 * unexplained(model, cloud, pose[None], opening)
@@ -757,7 +772,7 @@ def unexplained(model, cloud, poses, opening):
     return np.array([(cKDTree(p).query(some, distance_upper_bound=0.05)[0] > 0.015).mean() for p in posed])
 
 
-def believed(scene, seen, cost, anew=False):
+def believed(seen, cost, anew=False):
     """Whether what `evidence` saw of K poses bears them out, `cost` (K,) taken off their scores: (K,) bool. `anew`,
     after a loss, nothing else speaks for the place, so that a pose has to fit better."""
     clear = seen.agree - 5 * seen.contradict              # that much of it is hidden is no reason to doubt the rest
@@ -771,8 +786,8 @@ def track_one(model, scene, state, dt):
     missed frames.
 
     First the quick way, where the hand was and where its velocity takes it; if it does not fit there, all places in
-    reach; then turned a little; then turned a lot. Returns a new state; where nothing is borne out, `lost` is true and
-    the pose is held.
+    reach; then turned by up to 45 degrees; after a loss by up to 85. What one search found stays in the choice of the
+    next. Returns a new state; where nothing is borne out, `lost` is true and the pose is held.
     """
     reach = lambda speed: min(speed * dt * (1 + state.missed), 0.45)
     lost = SimpleNamespace(**{**vars(state), "lost": True, "missed": state.missed + 1, "motion": np.eye(4),
@@ -786,36 +801,40 @@ def track_one(model, scene, state, dt):
     hand = part(model, model.slide == 0)
     poses, openings = guesses, np.full(2, state.opening)
     seen = evidence(compare(model, scene, poses, openings, shell=True))
-    found = seen.score.max() > 0.8 * state.score and fits_well(seen, cost(poses), WELL)     # at rest, or on its way
+    found = seen.score.max() > 0.8 * state.score and fits_well(seen, cost(poses), WELL)
     for turns, speed, hypotheses, enough in SEARCHES:
         if found or turns is SEARCHES[-1][0] and not state.missed:
             break
         wide = search(hand, scene, state.pose[:3, 3], state.pose[:3, :3] @ turns, reach(speed), hypotheses)
-        if len(poses) == 2:
+        if len(poses) == len(guesses):
             wide = np.concatenate([guesses, wide])
+        if not len(wide):
+            break
         fitted, widths = settle(model, scene, cloud, wide, state.opening, cost=cost)
         poses, openings = np.concatenate([poses, fitted]), np.concatenate([openings, widths])
         seen = evidence(compare(model, scene, poses, openings, shell=True))
         found = fits_well(seen, cost(poses), enough)
-    sure = believed(scene, seen, cost(poses), state.missed > 0)
+    sure = believed(seen, cost(poses), state.missed > 0)
     if not sure.any():
         poses = refine(model, scene, cloud, poses, openings, (0.03, 0.02, 0.015), 400, iterations=8)
         seen = evidence(compare(model, scene, poses, openings, shell=True))
-        sure = believed(scene, seen, cost(poses), state.missed > 0)
-    # Of those that are believed the one that fits best a point in view counts too: a hand half hidden scores little.
+        sure = believed(seen, cost(poses), state.missed > 0)
+    # Of those that are believed, how well a point in view fits counts as much as how many do: of a hand half hidden few
+    # do, and all of them well.
     worth = seen.agree - 5 * seen.contradict - 2 * cost(poses)
     best = np.argmax(np.where(sure, 1e4, 0) + worth * np.abs(worth) / np.maximum(seen.in_view, 1))
     opening = openings[best]
-    pose, fitness, rmse = polish(model, scene, cloud, poses[best], opening)
-    options = np.stack([state.pose, poses[best], pose])
+    options = np.stack([state.pose, poses[best], polish(model, scene, cloud, poses[best], opening)])
     stay, rough, fine = evidence(compare(model, scene, options, np.full(3, opening), shell=True)).score
     # a hand at rest does not drift with the noise, and a few points do not bear the finest fit
     pose = options[0 if stay >= max(rough, fine) else 1 if rough > fine + 5 else 2]
     profile = finger_profile(model, scene, pose)
     opening = likeliest(profile, state.opening)
-    seen = evidence(compare(model, scene, pose[None], np.array([opening]), shell=True))
-    if not believed(scene, seen, cost(pose[None]), state.missed > 0)[0]:
+    rendered = compare(model, scene, pose[None], np.array([opening]), shell=True)
+    seen = evidence(rendered)
+    if not believed(seen, cost(pose[None]), state.missed > 0)[0]:
         return lost
+    fitness, rmse = inliers(model, cloud, rendered, pose, opening)
     return SimpleNamespace(
         pose=pose, motion=np.eye(4) if state.missed else invert(state.pose) @ pose, opening=opening,
         score=seen.score[0], missed=0, lost=False, gone=False, fitness=fitness, inlier_rmse=rmse, profile=profile,
@@ -859,8 +878,8 @@ def claim(model, scene, state):
 
 def first_state(pose, opening):
     return SimpleNamespace(pose=pose, motion=np.eye(4), opening=float(opening), score=0.0, missed=0,
-                           lost=False, gone=False, held=False, fitness=1.0, inlier_rmse=0.0, profile=np.zeros(len(WIDTHS)),
-                           width=opening)
+                           lost=False, gone=False, held=0, fitness=1.0, inlier_rmse=0.0,
+                           profile=np.zeros(len(WIDTHS)), width=opening)
 
 
 def track(prediction, init="auto", model=None, progress=False):
@@ -924,7 +943,8 @@ def track(prediction, init="auto", model=None, progress=False):
         # no scenery: where the hands were, and what lay in line with them and looks different now
         other = here.copy()
         other[maybe] |= np.abs(p["rgb"][:, t][maybe].astype(int) - p["observed_rgb"][maybe]).max(-1) > RECOLOURED
-        scene = make_scene(steady(p["points"][:, t], p["valid"][:, t], observed), p["valid"][:, t], p["intrinsics"], p["view_in_ref"], observed, other)
+        points, valid = steady(p["points"][:, t], p["valid"][:, t], observed), p["valid"][:, t]
+        scene = make_scene(points, valid, p["intrinsics"], p["view_in_ref"], observed, other)
         before, states = states, [s if s.gone else track_one(m, scene, s, 1 / p["fps"]) for m, s in zip(models, states)]
         for a, b in combinations(range(A), 2):
             if not (states[a].lost or states[b].lost) and overlap(states[a].pose, states[b].pose):
@@ -977,8 +997,8 @@ def openings_of(frames):
     held = np.array([[s.held for s in states] for states in frames])
     came, left = held > 0, held < 0
     steps = came + np.append(came[1:], np.zeros_like(came[:1]), 0).astype(int)              # before and after a frame
-    profiles -= (steps * (fingers < UNSEEN))[..., None] * GRASPED
-    profiles -= (left * (fingers < UNSEEN))[..., None] * 6.0 * (WIDTHS < STROKE - 0.02)
+    unseen = fingers < UNSEEN
+    profiles -= (steps * unseen)[..., None] * GRASPED + (left * unseen)[..., None] * LET_GO
     position = np.array([[s.pose[:3, 3] for s in states] for states in frames])
     speed = np.linalg.norm(np.diff(position, axis=0), axis=-1)                              # (F-1,A)
     opening = np.stack([opening_path(profiles[:, a], speed[:, a], frames[0][a].opening)
