@@ -557,13 +557,14 @@ def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0):
     fingers first: they may have moved. cost(poses) (K,) comes off their scores. Returns poses (k,4,4), opening (k,).
     """
     hand = part(model, model.slide == 0)
-    for distances, count, rest, slack in ((0.06,), 80, 4 * keep, 0.03), ((0.05, 0.03), 120, 2 * keep, 0.02), \
+    poses = refine(hand, scene, cloud, poses, np.zeros(len(poses)), (0.06,), 80, 0.3, None, 3, shift_only=True)
+    for distances, count, rest, slack in ((0.05,), 80, 5 * keep, 0.03), ((0.05, 0.03), 120, 2 * keep, 0.02), \
                                          ((0.03, 0.015), 250, keep, 0.0):
         none = np.zeros(len(poses))
-        poses = refine(hand, scene, cloud, poses, none, distances, count, 0.3 if slack else 0.1, None, 3, slack == 0.03)
+        poses = refine(hand, scene, cloud, poses, none, distances, count, 0.3 if slack else 0.1, None, 3)
         score = evidence(compare(hand, scene, poses, none, count, shell=not slack), slack).score
         score = score * max(1, len(hand.points) / count) - cost(poses)
-        if score.max() > CLEAR:                           # then it is one of these
+        if score.max() > CLEAR and slack < 0.03:          # then it is one of these
             poses, score = poses[score > score.max() / 3], score[score > score.max() / 3]
         poses, score = distinct(poses, score, rest)
     openings = np.full(len(poses), before)
@@ -726,7 +727,7 @@ def fan(limit, count):
 
 
 # What is searched until something fits: turns (R,3,3), speed in m/s, hypotheses. 90 degrees/s are 45 at 2 Hz.
-SEARCHES = (fan(0, 1), 0.6, 48, WELL), (fan(45, 600), 0.6, 64, 0.4), (fan(85, 500), 0.8, 64, 0.4)
+SEARCHES = (fan(0, 1), 0.6, 48, WELL), (fan(45, 600), 0.6, 64, 0.4), (fan(85, 1000), 0.8, 96, 0.4)
 
 
 def register(model, scene, mask, rotations=200):
@@ -786,8 +787,8 @@ def track_one(model, scene, state, dt):
     missed frames.
 
     First the quick way, where the hand was and where its velocity takes it; if it does not fit there, all places in
-    reach; then turned by up to 45 degrees; after a loss by up to 85. What one search found stays in the choice of the
-    next. Returns a new state; where nothing is borne out, `lost` is true and the pose is held.
+    reach; then turned by up to 45 degrees; then by up to 85. What one search found stays in the choice of the next.
+    Returns a new state; where nothing is borne out, `lost` is true and the pose is held.
     """
     reach = lambda speed: min(speed * dt * (1 + state.missed), 0.45)
     lost = SimpleNamespace(**{**vars(state), "lost": True, "missed": state.missed + 1, "motion": np.eye(4),
@@ -803,7 +804,7 @@ def track_one(model, scene, state, dt):
     seen = evidence(compare(model, scene, poses, openings, shell=True))
     found = seen.score.max() > 0.8 * state.score and fits_well(seen, cost(poses), WELL)
     for turns, speed, hypotheses, enough in SEARCHES:
-        if found or turns is SEARCHES[-1][0] and not state.missed:
+        if found:
             break
         wide = search(hand, scene, state.pose[:3, 3], state.pose[:3, :3] @ turns, reach(speed), hypotheses)
         if len(poses) == len(guesses):
