@@ -46,7 +46,7 @@ NOISY = 0.001               # m, above this the depth is a generator's: normals 
 COARSE = 0.004              # m, of a pixel on the hand
 OCCLUDED = 0.025            # m, what lies so far in front of a model point hides it
 VOXEL = 0.03                # m, of the search
-SEARCHED = 60               # model points that the search uses
+SEARCHED = 40               # model points that the search uses
 PEAKS = 8                   # places that one of many turns may propose
 NONE = np.int16(-32768)     # of a place: worse than any
 WIDTHS = np.linspace(0, STROKE, 33)                      # m, the openings that are tried
@@ -727,7 +727,7 @@ def fan(limit, count):
 
 
 # What is searched until something fits: turns (R,3,3), speed in m/s, hypotheses. 90 degrees/s are 45 at 2 Hz.
-SEARCHES = (fan(0, 1), 0.6, 48, WELL), (fan(45, 600), 0.6, 64, 0.4), (fan(85, 1000), 0.8, 96, 0.4)
+SEARCHES = (fan(0, 1), 0.6, 48, WELL), (fan(45, 600), 0.6, 64, 0.4), (fan(85, 1000), 0.6, 96, 0.4)
 
 
 def register(model, scene, mask, rotations=200):
