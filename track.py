@@ -727,7 +727,7 @@ def fan(limit, count):
 
 
 # What is searched until something fits: turns (R,3,3), speed in m/s, hypotheses. 90 degrees/s are 45 at 2 Hz.
-SEARCHES = (fan(0, 1), 0.6, 48, WELL), (fan(45, 600), 0.6, 64, 0.4), (fan(85, 1000), 0.6, 96, 0.4)
+SEARCHES = (fan(0, 1), 0.6, 32, WELL), (fan(45, 600), 0.6, 64, 0.4), (fan(85, 1000), 0.6, 96, 0.4)
 
 
 def register(model, scene, mask, rotations=200):
