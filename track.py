@@ -188,6 +188,9 @@ def rigid(rotation, translation):
     return T
 
 
+AXIS_CROSSES = np.cross(np.eye(3)[:, None], np.eye(3)).reshape(3, 9)       # a @ this: a x e for each axis e, in a row
+
+
 def gauss_newton(source, target, normal, weight, centre, slip, shift_only=False):
     """One step (K,4,4) of point-to-plane, min sum w [(n.e)^2 + slip |e|^2] with e = target - (source moved).
 
@@ -195,13 +198,14 @@ def gauss_newton(source, target, normal, weight, centre, slip, shift_only=False)
     alone let slide.
     """
     arm, e = source - centre[:, None], target - source                                      # (K,N,3)
-    rows, residuals, weights = [np.concatenate([cross(arm, normal), normal], -1)], [(e * normal).sum(-1)], [weight]
-    for i, axis in enumerate(np.eye(3) if slip else ()):
-        rows.append(np.concatenate([cross(arm, axis), np.broadcast_to(axis, arm.shape)], -1))
-        residuals.append(e[..., i])
-        weights.append(slip * weight)
-    J, r = np.concatenate(rows, 1), np.concatenate(residuals, 1)                            # (K,4N,6), (K,4N)
-    Jw = (J * np.concatenate(weights, 1)[..., None]).mT
+    J, r, w = np.concatenate([cross(arm, normal), normal], -1), (e * normal).sum(-1), weight
+    if slip:                                              # three more rows a point: e itself, axis by axis
+        turned = (arm @ AXIS_CROSSES).reshape(len(arm), -1, 3)                              # arm x axis
+        axes = np.broadcast_to(np.tile(np.eye(3), (arm.shape[1], 1)), turned.shape)
+        J = np.concatenate([J, np.concatenate([turned, axes], -1)], 1)                      # (K,4N,6)
+        r = np.concatenate([r, e.reshape(len(e), -1)], 1)
+        w = np.concatenate([w, slip * weight.repeat(3, 1)], 1)
+    Jw = (J * w[..., None]).mT
     A, g = Jw @ J, (Jw @ r[..., None])[..., 0]
     if shift_only:
         A[:, :3], A[:, :, :3], A[:, range(3), range(3)], g[:, :3] = 0, 0, 1, 0
