@@ -30,7 +30,7 @@ from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
-from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_edt, median_filter, minimum_filter
+from scipy.ndimage import binary_dilation, binary_erosion, median_filter, minimum_filter
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
@@ -188,7 +188,7 @@ def rigid(rotation, translation):
     return T
 
 
-AXIS_CROSSES = np.cross(np.eye(3)[:, None], np.eye(3)).reshape(3, 9)       # a @ this: a x e for each axis e, in a row
+CROSS = np.cross(np.eye(3)[:, None], np.eye(3))           # [i,j] = e_i x e_j, so that a x b = sum a_i b_j CROSS[i,j]
 
 
 def gauss_newton(source, target, normal, weight, centre, slip, shift_only=False):
@@ -198,15 +198,20 @@ def gauss_newton(source, target, normal, weight, centre, slip, shift_only=False)
     alone let slide.
     """
     arm, e = source - centre[:, None], target - source                                      # (K,N,3)
-    J, r, w = np.concatenate([cross(arm, normal), normal], -1), (e * normal).sum(-1), weight
-    if slip:                                              # three more rows a point: e itself, axis by axis
-        turned = (arm @ AXIS_CROSSES).reshape(len(arm), -1, 3)                              # arm x axis
-        axes = np.broadcast_to(np.tile(np.eye(3), (arm.shape[1], 1)), turned.shape)
-        J = np.concatenate([J, np.concatenate([turned, axes], -1)], 1)                      # (K,4N,6)
-        r = np.concatenate([r, e.reshape(len(e), -1)], 1)
-        w = np.concatenate([w, slip * weight.repeat(3, 1)], 1)
-    Jw = (J * w[..., None]).mT
-    A, g = Jw @ J, (Jw @ r[..., None])[..., 0]
+    J, r = np.concatenate([cross(arm, normal), normal], -1), (e * normal).sum(-1)
+    Jw = (J * weight[..., None]).mT
+    A, g = Jw @ J, (Jw @ r[..., None])[..., 0]            # (K,6,6), (K,6): the turn's three, the shift's three
+    if slip:                                              # three more rows a point, (arm x e_i, e_i): a body's inertia
+        mass, both = slip * weight, np.concatenate([arm, e], -1)
+        second = (mass[..., None] * arm).mT @ both                                          # (K,3,6) arm arm^T, arm e^T
+        first = (mass[:, None] @ both)[:, 0]                                                # (K,6) arm, e
+        inertia, skew = second[:, :, :3], (first[:, :3] @ CROSS.reshape(3, 9)).reshape(-1, 3, 3)
+        A[:, :3, :3] += np.trace(inertia, axis1=1, axis2=2)[:, None, None] * np.eye(3) - inertia
+        A[:, :3, 3:] -= skew
+        A[:, 3:, :3] += skew
+        A[:, 3:, 3:] += mass.sum(1)[:, None, None] * np.eye(3)
+        g[:, :3] += second[:, :, 3:].reshape(-1, 9) @ CROSS.reshape(9, 3)
+        g[:, 3:] += first[:, 3:]
     if shift_only:
         A[:, :3], A[:, :, :3], A[:, range(3), range(3)], g[:, :3] = 0, 0, 1, 0
     x = np.linalg.solve(A + 1e-9 * np.eye(6), g[..., None])[..., 0]
@@ -232,7 +237,7 @@ def robust(distance, scale, kernel):
 
 def icp(source, target, target_normals=None, init=None, max_correspondence_distance=0.02, max_iteration=30, *,
         source_normals=None, weight=None, target_weight=None, kernel="tukey", trim=1.0, slip=0.0, min_cosine=None,
-        shift_only=False, tolerance=1e-7, tree=None):
+        shift_only=False, tolerance=1e-7, tree=None, judge=True):
     """Iterative closest point from one or many starting poses at once.
 
     source (N,3), or (K,N,3) one set a start; target (M,3); init (4,4) or (K,4,4), default identity. Planes are those of
@@ -240,7 +245,7 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
     (Kabsch). weight (N,) or (K,N), target_weight (M,); kernel 'none' | 'huber' | 'tukey', its scale is
     max_correspondence_distance; trim: the share of nearest pairs that is used; min_cosine: between the two normals,
     when both are given; shift_only: no turns, with planes; tree: a cKDTree of target. Stops when no start moves by more
-    than `tolerance`.
+    than `tolerance`. judge: False leaves fitness and inlier_rmse out, None each, which saves a look-up.
     Returns transformation (4,4), source to target; fitness, inliers / points in the source; inlier_rmse, m. With K
     starts each has a leading K. Raises ValueError for an empty cloud or a shape that does not fit.
     """
@@ -287,6 +292,8 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
         T = step @ T                                      # R' = dR R; the origin moves by dt
         if np.abs(step - np.eye(4)).max() < tolerance:
             break
+    if not judge:
+        return (T[0] if one else T), None, None
     _, distance, _ = pairs(T)
     inlier = np.isfinite(distance)
     count = inlier.sum(1)
@@ -370,6 +377,13 @@ def look_up(scene, v, points):
     return (y + 0.5).clip(0, H - 1).astype(np.int32), (x + 0.5).clip(0, W - 1).astype(np.int32), z, inside
 
 
+def in_cube(points, centre, half):
+    """Which points (...,3) lie in the cube of that half width, m. Axis by axis: many times faster than a maximum over
+    three."""
+    x, y, z = (np.abs(points[..., i] - float(centre[i])) < half for i in range(3))
+    return x & y & z
+
+
 def gather(scene):
     """Puts scene.candidates: the points (M,3) that are no scenery, their view, row, column (M,)."""
     view, row, column = np.nonzero((scene.depth > 0) & ~scene.still)
@@ -381,7 +395,7 @@ def nearby(scene, centre, radius, limit):
     """At most `limit` candidate points within `radius` of `centre`: points, normals (M,3), view (M,); None if there
     are < 20."""
     c = scene.candidates
-    close = np.flatnonzero(np.abs(c.points - centre).max(-1) < radius)
+    close = np.flatnonzero(in_cube(c.points, centre, radius))
     if len(close) < 20:
         return None
     close = close[::-(-len(close) // limit)]
@@ -490,13 +504,16 @@ def search(model, scene, centre, rotations, radius, keep):
     steps = int(np.ceil(radius / VOXEL))
     half = steps + int(np.ceil(model.reach / VOXEL)) + 1
     size, shifts = 2 * half + 1, 2 * steps + 1
-    cells = np.rint((scene.candidates.points - centre) / VOXEL).astype(int) + half
-    cells = cells[((cells >= 0) & (cells < size)).all(1)]
-    if not len(cells):
+    close = scene.candidates.points[in_cube(scene.candidates.points, centre, (half + 0.5) * VOXEL)]
+    if not len(close):
         return np.zeros((0, 4, 4))
     filled = np.zeros((size,) * 3, bool)
-    filled[tuple(cells.T)] = True
-    distance = distance_transform_edt(~filled) * VOXEL
+    filled[tuple((np.rint((close - centre) / VOXEL).astype(int) + half).clip(0, size - 1).T)] = True
+    near = filled.astype(np.float32)                      # exp(-d^2), d voxels to the nearest filled one: axis by axis
+    for axis in range(3):
+        line, before = np.moveaxis(near, axis, 0), np.moveaxis(near.copy(), axis, 0) * np.float32(np.exp(-1))
+        np.maximum(line[1:], before[:-1], out=line[1:])
+        np.maximum(line[:-1], before[1:], out=line[:-1])
     axis = (np.arange(size) - half) * VOXEL
     grid = (np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3) + centre).astype(np.float32)
     free = np.zeros(len(grid), bool)
@@ -504,35 +521,35 @@ def search(model, scene, centre, rotations, radius, keep):
         y, x, z, inside = look_up(scene, v, grid)
         measured = scene.depth[v, y, x]
         free |= inside & (measured > 0) & ((measured - z > VOXEL) | (scene.still[v, y, x] & (measured - z > -VOXEL)))
-    free = free.reshape(filled.shape) & (distance > VOXEL)
-    seen_value = np.where(free, -200, 100 * np.exp(-(distance / 0.03)**2)).astype(np.int16)
-    hidden_value = np.where(free, -100, 0).astype(np.int16)
+    free = free.reshape(filled.shape) & (near < 0.3)      # farther than one voxel
+    # flat, and as much longer as an offset may reach beyond the end
+    seen_value, hidden_value = (np.append(value.astype(np.int16), np.zeros(size**2, np.int16)) for value in
+                                (np.where(free, -200, 100 * near), np.where(free, -100, 0)))
 
     poses = rigid(rotations, np.repeat(np.asarray(centre, float)[None], len(rotations), 0))
     seen = compare(model, scene, poses, np.zeros(len(poses)), 200)
     corner = np.rint((seen.points[:, :SEARCHED] - centre) / VOXEL).astype(int) + half - steps     # (R,SEARCHED,3)
-    corner = corner.clip(0, size - shifts)
+    offsets = corner.clip(0, size - shifts) @ (size**2, size, 1)                                  # (R,SEARCHED)
     visible = seen.visible[..., :SEARCHED].any(1)
-    offset = (np.arange(shifts) - steps)**2
-    in_reach = offset[:, None, None] + offset[:, None] + offset <= steps**2
-    found, totals = [], []
+    shift = (np.arange(shifts) - steps)**2
+    beyond = shift[:, None, None] + shift[:, None] + shift > steps**2
+    found, worths = [], []                                # a pose's worth: its total by its visible points
     for r in range(len(poses)):
-        total = np.zeros((shifts,) * 3, np.int16)         # at most 200 * SEARCHED: no overflow
-        for (i, j, k), shown in zip(corner[r], visible[r]):
-            total += (seen_value if shown else hidden_value)[i:i + shifts, j:j + shifts, k:k + shifts]
-        total = np.where(in_reach, total, NONE)
-        peaks, values = [], []
+        total = np.zeros(shifts * size**2, np.int16)      # at most 200 * SEARCHED: no overflow
+        for offset, shown in zip(offsets[r].tolist(), visible[r]):
+            total += (seen_value if shown else hidden_value)[offset:offset + len(total)]
+        total = total.reshape(shifts, size, size)[:, :shifts, :shifts].copy()
+        total[beyond] = NONE
+        points, least = max(visible[r].sum(), 15), np.sort(worths)[-keep] if len(worths) >= keep else -np.inf
         for _ in range(min(keep, PEAKS) if len(poses) > 1 else keep):    # the best cell, then none of its neighbours
             i, j, k = np.unravel_index(total.argmax(), total.shape)
-            if total[i, j, k] == NONE:
+            worth = total[i, j, k] / points
+            if total[i, j, k] == NONE or worth < least:
                 break
-            peaks.append((i, j, k))
-            values.append(total[i, j, k])
+            found.append(rigid(rotations[r:r + 1], centre + (np.array([[i, j, k]]) - steps) * VOXEL))
+            worths.append(worth)
             total[max(i - 1, 0):i + 2, max(j - 1, 0):j + 2, max(k - 1, 0):k + 2] = NONE
-        shift = (np.array(peaks) - steps) * VOXEL
-        found.append(rigid(np.repeat(rotations[r][None], len(peaks), 0), centre + shift))
-        totals.append(np.array(values) / max(visible[r].sum(), 15))
-    return np.concatenate(found)[np.argsort(-np.concatenate(totals))[:keep]]
+    return np.concatenate(found)[np.argsort(-np.array(worths))[:keep]]
 
 
 def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view_weight=None, iterations=4,
@@ -549,7 +566,7 @@ def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view
                           source_normals=model.normals[shown], weight=np.take_along_axis(weight, shown, 1), slip=slip,
                           min_cosine=0.5 if scene.noise < NOISY else 0.2, tree=cloud.tree,
                           target_weight=None if view_weight is None else view_weight[cloud.view],
-                          shift_only=shift_only)
+                          shift_only=shift_only, judge=False)
     return poses
 
 
@@ -681,7 +698,7 @@ def comes_along(model, scene, after, state, next_state):
     pose, moved = state.pose, next_state.pose
     if state.lost or next_state.lost or not model.slide.any() or np.linalg.norm(moved[:3, 3] - pose[:3, 3]) < GONE:
         return 0
-    near = (scene.depth > 0) & (np.abs(scene.points - pose[:3, 3]).max(-1) < 0.2)
+    near = (scene.depth > 0) & in_cube(scene.points, pose[:3, 3], 0.2)
     in_gripper = transform(scene.points[near].astype(float), invert(pose))
     x, y, z = in_gripper.T
     in_gripper = in_gripper[(np.abs(x) < 0.03) & (np.abs(y) < STROKE / 2) & (z > 0.07) & (z < 0.15)]
@@ -871,7 +888,7 @@ def overlap(a, b):
 def claim(model, scene, state):
     """Candidate points of a scene that lie on a tracked hand are given to no other."""
     c = scene.candidates
-    close = np.flatnonzero(np.abs(c.points - state.pose[:3, 3]).max(-1) < model.reach + 0.02)
+    close = np.flatnonzero(in_cube(c.points, state.pose[:3, 3], model.reach + 0.02))
     if len(close):
         posed = transform(at_opening(model, [state.opening])[0], state.pose)
         taken = close[np.isfinite(cKDTree(posed).query(c.points[close], distance_upper_bound=0.012)[0])]
