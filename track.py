@@ -495,18 +495,17 @@ def evidence(seen, slack=0.0):
 
 # ------------------------------------------------------------------------------------------------------ the search
 
-def search(model, scene, centre, rotations, radius, keep):
-    """The likeliest of all shifts within `radius` of `centre` (3,) and the given rotations (R,3,3): poses (keep,4,4).
+def voxels(scene, centre, radius, reach):
+    """Space around `centre` (3,) for a search `radius` m far with a model of that `reach`, cut into voxels.
 
-    Space is cut into voxels: those near a candidate point count for a visible model point, those that a camera looks
-    through count against any model point. To shift the model by whole voxels is to read the same volume at an offset.
+    Returns a namespace: centre; steps, voxels to the radius; size of the cube; and two volumes, flat and as much longer
+    as a shift may reach beyond the end: shown, what a voxel speaks for a visible model point, much where a candidate
+    point is near, much against it where a camera looks through; hidden, the same for one that is not visible.
     """
     steps = int(np.ceil(radius / VOXEL))
-    half = steps + int(np.ceil(model.reach / VOXEL)) + 1
-    size, shifts = 2 * half + 1, 2 * steps + 1
+    half = steps + int(np.ceil(reach / VOXEL)) + 1
+    size = 2 * half + 1
     close = scene.candidates.points[in_cube(scene.candidates.points, centre, (half + 0.5) * VOXEL)]
-    if not len(close):
-        return np.zeros((0, 4, 4))
     filled = np.zeros((size,) * 3, bool)
     filled[tuple((np.rint((close - centre) / VOXEL).astype(int) + half).clip(0, size - 1).T)] = True
     near = filled.astype(np.float32)                      # exp(-d^2), d voxels to the nearest filled one: axis by axis
@@ -522,13 +521,20 @@ def search(model, scene, centre, rotations, radius, keep):
         measured = scene.depth[v, y, x]
         free |= inside & (measured > 0) & ((measured - z > VOXEL) | (scene.still[v, y, x] & (measured - z > -VOXEL)))
     free = free.reshape(filled.shape) & (near < 0.3)      # farther than one voxel
-    # flat, and as much longer as an offset may reach beyond the end
-    seen_value, hidden_value = (np.append(value.astype(np.int16), np.zeros(size**2, np.int16)) for value in
-                                (np.where(free, -200, 100 * near), np.where(free, -100, 0)))
+    shown, hidden = (np.append(value.astype(np.int16), np.zeros(size**2, np.int16)) for value in
+                     (np.where(free, -200, 100 * near), np.where(free, -100, 0)))
+    return SimpleNamespace(centre=np.asarray(centre, float), steps=steps, size=size, shown=shown, hidden=hidden)
 
-    poses = rigid(rotations, np.repeat(np.asarray(centre, float)[None], len(rotations), 0))
+
+def search(model, scene, space, rotations, keep):
+    """The likeliest of all shifts within the reach of `space`, of `voxels`, and rotations (R,3,3): poses (keep,4,4).
+
+    To shift the model by whole voxels is to read the same volume at an offset.
+    """
+    steps, size, shifts = space.steps, space.size, 2 * space.steps + 1
+    poses = rigid(rotations, np.repeat(space.centre[None], len(rotations), 0))
     seen = compare(model, scene, poses, np.zeros(len(poses)), 200)
-    corner = np.rint((seen.points[:, :SEARCHED] - centre) / VOXEL).astype(int) + half - steps     # (R,SEARCHED,3)
+    corner = np.rint((seen.points[:, :SEARCHED] - space.centre) / VOXEL).astype(int) + (size - shifts) // 2
     offsets = corner.clip(0, size - shifts) @ (size**2, size, 1)                                  # (R,SEARCHED)
     visible = seen.visible[..., :SEARCHED].any(1)
     shift = (np.arange(shifts) - steps)**2
@@ -537,7 +543,7 @@ def search(model, scene, centre, rotations, radius, keep):
     for r in range(len(poses)):
         total = np.zeros(shifts * size**2, np.int16)      # at most 200 * SEARCHED: no overflow
         for offset, shown in zip(offsets[r].tolist(), visible[r]):
-            total += (seen_value if shown else hidden_value)[offset:offset + len(total)]
+            total += (space.shown if shown else space.hidden)[offset:offset + len(total)]
         total = total.reshape(shifts, size, size)[:, :shifts, :shifts].copy()
         total[beyond] = NONE
         points, least = max(visible[r].sum(), 15), np.sort(worths)[-keep] if len(worths) >= keep else -np.inf
@@ -546,7 +552,7 @@ def search(model, scene, centre, rotations, radius, keep):
             worth = total[i, j, k] / points
             if total[i, j, k] == NONE or worth < least:
                 break
-            found.append(rigid(rotations[r:r + 1], centre + (np.array([[i, j, k]]) - steps) * VOXEL))
+            found.append(rigid(rotations[r:r + 1], space.centre + (np.array([[i, j, k]]) - steps) * VOXEL))
             worths.append(worth)
             total[max(i - 1, 0):i + 2, max(j - 1, 0):j + 2, max(k - 1, 0):k + 2] = NONE
     return np.concatenate(found)[np.argsort(-np.array(worths))[:keep]]
@@ -747,8 +753,9 @@ def fan(limit, count):
     return np.concatenate([np.eye(3)[None], turns[angle < limit]])
 
 
-# What is searched until something fits: turns (R,3,3), speed in m/s, hypotheses. 90 degrees/s are 45 at 2 Hz.
-SEARCHES = (fan(0, 1), 0.6, 32, WELL), (fan(45, 600), 0.6, 64, 0.4), (fan(85, 1000), 0.6, 96, 0.4)
+SPEED, FARTHEST = 0.6, 0.45  # m/s, how fast a hand may move, and m, how far it is looked for
+# What is searched until something fits: turns (R,3,3), hypotheses, score a point in view. 90 degrees/s are 45 at 2 Hz.
+SEARCHES = (fan(0, 1), 32, WELL), (fan(45, 600), 64, 0.4), (fan(85, 1000), 96, 0.4)
 
 
 def register(model, scene, mask, rotations=200):
@@ -770,7 +777,8 @@ def register(model, scene, mask, rotations=200):
     middle = model.points.mean(0)                         # this, not the flange, is to be in the middle of the mask
     found = []
     for some in np.array_split(all_rotations(rotations), 10):
-        poses = np.concatenate([search(hand, scene, centre - turn @ middle, turn[None], 0.1, 6) for turn in some])
+        poses = np.concatenate([search(hand, scene, voxels(scene, centre - turn @ middle, 0.1, hand.reach), turn[None],
+                                       6) for turn in some])
         found.append(settle(model, scene, cloud, poses, 0.04, 4, cost)[0])
     poses, openings = settle(model, scene, cloud, np.concatenate(found), 0.04, 8, cost)
     seen = evidence(compare(model, scene, poses, openings, shell=True))
@@ -811,10 +819,10 @@ def track_one(model, scene, state, dt):
     reach; then turned by up to 45 degrees; then by up to 85. What one search found stays in the choice of the next.
     Returns a new state; where nothing is borne out, `lost` is true and the pose is held.
     """
-    reach = lambda speed: min(speed * dt * (1 + state.missed), 0.45)
+    reach = min(SPEED * dt * (1 + state.missed), FARTHEST)
     lost = SimpleNamespace(**{**vars(state), "lost": True, "missed": state.missed + 1, "motion": np.eye(4),
                               "fitness": 0.0, "inlier_rmse": np.nan, "profile": np.zeros(len(WIDTHS)), "width": None})
-    cloud = nearby(scene, state.pose[:3, 3], reach(SEARCHES[-1][1]) + model.reach, 6000)
+    cloud = nearby(scene, state.pose[:3, 3], reach + model.reach, 6000)
     if cloud is None:
         return lost
     guesses = np.stack([state.pose, state.pose @ state.motion])
@@ -824,14 +832,13 @@ def track_one(model, scene, state, dt):
     poses, openings = guesses, np.full(2, state.opening)
     seen = evidence(compare(model, scene, poses, openings, shell=True))
     found = seen.score.max() > 0.8 * state.score and fits_well(seen, cost(poses), WELL)
-    for turns, speed, hypotheses, enough in SEARCHES:
+    space = None if found else voxels(scene, state.pose[:3, 3], reach, hand.reach)
+    for turns, hypotheses, enough in SEARCHES:
         if found:
             break
-        wide = search(hand, scene, state.pose[:3, 3], state.pose[:3, :3] @ turns, reach(speed), hypotheses)
+        wide = search(hand, scene, space, state.pose[:3, :3] @ turns, hypotheses)
         if len(poses) == len(guesses):
             wide = np.concatenate([guesses, wide])
-        if not len(wide):
-            break
         fitted, widths = settle(model, scene, cloud, wide, state.opening, cost=cost)
         poses, openings = np.concatenate([poses, fitted]), np.concatenate([openings, widths])
         seen = evidence(compare(model, scene, poses, openings, shell=True))
