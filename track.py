@@ -134,9 +134,10 @@ def hand_model(hand=None, finger=None):
 
 
 def at_opening(model, opening, points=None):
-    """Model points (K,N,3) in the gripper frame at each opening (K,)."""
+    """Model points (K,N,3), or as many `points` (n,3) for the first n of them, in the gripper frame at each opening
+    (K,)."""
     points = np.repeat((model.points if points is None else points)[None], len(opening), 0)
-    points[..., 1] += np.asarray(opening)[:, None] * model.slide
+    points[..., 1] += np.asarray(opening)[:, None] * model.slide[:points.shape[1]]
     return points
 
 
@@ -278,12 +279,10 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
             if (w > 0).any(1).all():
                 limit = np.nanquantile(np.where(w > 0, distance, np.nan), trim, axis=1, keepdims=True)
             w = w * (distance <= limit)
-        partner = target[index]
-        normal = None if target_normals is None else target_normals[index]
-        if normals is not None:
-            normal = normals @ T[:, :3, :3].mT
+        partner, theirs = target[index], None if target_normals is None else target_normals[index]
+        normal = theirs if normals is None else normals @ T[:, :3, :3].mT
         if min_cosine is not None:
-            w = w * ((normal * target_normals[index]).sum(-1) > min_cosine)
+            w = w * (np.einsum("kni,kni->kn", normal, theirs) > min_cosine)
         if normal is None:
             step = kabsch(moved, partner, w)
         else:
@@ -423,54 +422,53 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
     K, V, (H, W) = len(poses), len(scene.depth), scene.depth.shape[1:]
     N = len(model.points) if count is None else min(count, len(model.points))
     rotation = poses[:, :3, :3].mT
-    points = (at_opening(part(model, slice(N)), opening) @ rotation + poses[:, None, :3, 3]).astype(np.float32)
-    normals = (model.normals[:N] @ rotation).astype(np.float32)                             # both (K,N,3), in ref
-    visible, still = np.zeros((K, V, N), bool), np.zeros((K, V, N), bool)
-    gap, in_shell = np.full((K, V, N), np.nan, np.float32), np.zeros(K, int)
-    edge = np.zeros((K, V, N), bool)
+    in_gripper = at_opening(model, opening, model.points[:N])                               # (K,N,3)
+    points = (in_gripper @ rotation + poses[:, None, :3, 3]).astype(np.float32)             # the same in ref
+    outward = np.einsum("kni,ni->kn", in_gripper, model.normals[:N])
+    visible, still, edge = (np.zeros((V, K * N), bool) for _ in range(3))
+    gap, in_shell = np.full((V, K * N), np.nan, np.float32), np.zeros(K, int)
     spacing = model.spacing * np.sqrt(len(model.points) / N)
     tolerance = max(AGREE, 3 * scene.noise)
     for v in range(V):
-        ray = points - scene.view_in_ref[v, :3, 3].astype(np.float32)
-        pixel = np.linalg.norm(ray[0, 0]) / scene.intrinsics[v, 0, 0]                      # its width on the hand, m
-        k, n = np.nonzero(np.einsum("kni,kni->kn", ray, normals) < 0)                       # facing the camera
-        y, x, z, inside = look_up(scene, v, points[k, n])
-        k, n, y, x, z = k[inside], n[inside], y[inside], x[inside], z[inside]
+        camera = np.einsum("ki,kij->kj", scene.view_in_ref[v, :3, 3] - poses[:, :3, 3], poses[:, :3, :3])   # in gripper
+        pixel = np.linalg.norm(camera[0]) / scene.intrinsics[v, 0, 0]                       # its width on the hand, m
+        i = np.flatnonzero(outward < camera @ model.normals[:N].T)                          # facing the camera; of K * N
+        y, x, z, inside = look_up(scene, v, points.reshape(-1, 3)[i])
+        i, y, x, z = i[inside], y[inside], x[inside], z[inside]
         cell = max(1, round(1.5 * spacing / pixel))
         rows, columns = H // cell + 1, W // cell + 1
-        key = (k * rows + y // cell) * columns + x // cell
+        key = (i // N * rows + y // cell) * columns + x // cell
         nearest = np.full(K * rows * columns, np.inf, np.float32)
         np.minimum.at(nearest, key, z)
         front = z <= nearest[key] + 0.012
-        k, n, y, x, z = k[front], n[front], y[front], x[front], z[front]
+        i, y, x, z = i[front], y[front], x[front], z[front]
         measured = scene.depth[v, y, x]
-        visible[k, v, n] = True
+        visible[v, i] = True
         off = np.where(measured > 0, measured - z, np.nan)
         unchanged = scene.still[v, y, x]
-        coarse = pixel > COARSE
         # at blurred or coarse edges and outliers a neighbouring pixel may speak
         if scene.noise > NOISY:
-            thin = (model.slide[n] != 0) & (not strict)
+            thin = (model.slide[i % N] != 0) & (not strict)
             at_edge = (off > tolerance) & (thin | (scene.near[v, y, x] - z < tolerance))
             off[at_edge] = np.nan
-            edge[k, v, n] = at_edge
-        if coarse and not strict:
-            r = 1
-            for dy, dx in ((0, r), (0, -r), (r, 0), (-r, 0)):
+            edge[v, i] = at_edge
+        if pixel > COARSE and not strict:
+            for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
                 row, column = (y + dy).clip(0, H - 1), (x + dx).clip(0, W - 1)
                 other = scene.depth[v, row, column]
                 better = (other > 0) & (np.abs(other - z) < np.abs(off)) & ~scene.still[v, row, column]
                 off, unchanged = np.where(better, other - z, off), unchanged & ~better
-        still[k, v, n] = unchanged
-        gap[k, v, n] = off
+        still[v, i] = unchanged
+        gap[v, i] = off
         if shell:
             air = np.flatnonzero(model.shell[:N])
-            y, x, z, inside = look_up(scene, v, points[:, air] + SHELL * normals[:, air])
+            y, x, z, inside = look_up(scene, v, points[:, air] + SHELL * (model.normals[air] @ rotation))
             measured = scene.depth[v, y, x]
             whole = measured - scene.near[v, y, x] < tolerance      # no mixture of two surfaces, which hangs in the air
             in_shell += (inside & ~scene.still[v, y, x] & whole & (np.abs(measured - z) < 0.5 * SHELL)).sum(1)
-    return SimpleNamespace(visible=visible, gap=gap, still=still, shell=in_shell, points=points, mount=model.mount[:N],
-                           edge=edge, tolerance=tolerance)
+    visible, gap, still, edge = (x.reshape(V, K, N).swapaxes(0, 1) for x in (visible, gap, still, edge))
+    return SimpleNamespace(visible=visible, gap=gap, still=still, edge=edge, shell=in_shell, points=points,
+                           mount=model.mount[:N], tolerance=tolerance)
 
 
 def evidence(seen, slack=0.0):
@@ -585,6 +583,9 @@ def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0):
     """
     hand = part(model, model.slide == 0)
     poses = refine(hand, scene, cloud, poses, np.zeros(len(poses)), (0.06,), 80, 0.3, None, 3, shift_only=True)
+    none = np.zeros(len(poses))
+    score = evidence(compare(hand, scene, poses, none, 80), 0.03).score * max(1, len(hand.points) / 80) - cost(poses)
+    poses = poses[np.argsort(-score)[:max(3 * keep, len(score) // 2)]]
     for distances, count, rest, slack in ((0.05,), 80, 5 * keep, 0.03), ((0.05, 0.03), 120, 2 * keep, 0.02), \
                                          ((0.03, 0.015), 250, keep, 0.0):
         none = np.zeros(len(poses))
@@ -1003,10 +1004,12 @@ def belongs(model, scene, pose, opening):
     ahead of it, its forearm and what it holds: a hand may come to lie where these were."""
     c = scene.candidates
     in_gripper = transform(c.points, invert(pose))
-    near = cKDTree(at_opening(model, [opening])[0]).query(in_gripper, distance_upper_bound=0.02)[0]
+    near = in_cube(c.points, pose[:3, 3], model.reach + 0.02)
+    posed = cKDTree(at_opening(model, [opening])[0])
+    near[near] = np.isfinite(posed.query(in_gripper[near], distance_upper_bound=0.02)[0])
     z, beside = in_gripper[:, 2], np.hypot(*in_gripper[:, :2].T) < 0.12
     masks = np.zeros((2, *scene.depth.shape), bool)
-    masks[:, c.view, c.row, c.column] = np.isfinite(near), beside & (z > -0.4) & (z < 0.25) & bool(np.any(model.slide))
+    masks[:, c.view, c.row, c.column] = near, beside & (z > -0.4) & (z < 0.25) & bool(np.any(model.slide))
     return masks
 
 
