@@ -321,11 +321,10 @@ def make_scene(points, valid, intrinsics, view_in_ref, observed=None, here=None)
         quiet = change[both & (change < 0.05)]
         scene.noise = min(1.48 * float(np.median(quiet)), 0.01) if len(quiet) else 0.0
         scene.still = both & (change < max(STILL, 3 * scene.noise)) & ~here
-    scene.near = scene.depth
+    window = 1, *((5, 5) if scene.noise > NOISY else (3, 3))
+    scene.near = minimum_filter(np.where(depth > 0, depth, np.inf), window)
     if scene.noise > NOISY:
-        window = np.ones((1, 5, 5), bool)
-        scene.near = minimum_filter(np.where(scene.depth > 0, scene.depth, np.inf), footprint=window)
-        scene.still = binary_erosion(scene.still, window)
+        scene.still = binary_erosion(scene.still, np.ones(window))
     gather(scene)
     return scene
 
@@ -446,13 +445,12 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
         visible[v, i] = True
         off = np.where(measured > 0, measured - z, np.nan)
         unchanged = scene.still[v, y, x]
-        # at blurred or coarse edges and outliers a neighbouring pixel may speak
-        if scene.noise > NOISY:
-            thin = (model.slide[i % N] != 0) & (not strict)
+        if scene.noise > NOISY or not strict:
+            thin = (model.slide[i % N] != 0) & (scene.noise > NOISY) & (not strict)
             at_edge = (off > tolerance) & (thin | (scene.near[v, y, x] - z < tolerance))
             off[at_edge] = np.nan
             edge[v, i] = at_edge
-        if pixel > COARSE and not strict:
+        if pixel > COARSE and not strict:                 # at coarse edges a neighbouring pixel may speak
             for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
                 row, column = (y + dy).clip(0, H - 1), (x + dx).clip(0, W - 1)
                 other = scene.depth[v, row, column]
