@@ -579,19 +579,19 @@ def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0):
     fingers first: they may have moved. cost(poses) (K,) comes off their scores. Returns poses (k,4,4), opening (k,).
     """
     hand = part(model, model.slide == 0)
-    poses = refine(hand, scene, cloud, poses, np.zeros(len(poses)), (0.06,), 80, 0.3, None, 3, shift_only=True)
-    none = np.zeros(len(poses))
-    score = evidence(compare(hand, scene, poses, none, 80), 0.03).score * max(1, len(hand.points) / 80) - cost(poses)
-    poses = poses[np.argsort(-score)[:max(3 * keep, len(score) // 2)]]
-    for distances, count, rest, slack in ((0.05,), 80, 5 * keep, 0.03), ((0.05, 0.03), 120, 2 * keep, 0.02), \
-                                         ((0.03, 0.015), 250, keep, 0.0):
+    rounds = (((0.06,), 80, max(3 * keep, len(poses) // 2), 0.03), ((0.05,), 80, 5 * keep, 0.03),
+              ((0.05, 0.03), 120, 2 * keep, 0.02), ((0.03, 0.015), 250, keep, 0.0))
+    for i, (distances, count, rest, slack) in enumerate(rounds):
         none = np.zeros(len(poses))
-        poses = refine(hand, scene, cloud, poses, none, distances, count, 0.3 if slack else 0.1, None, 3)
-        score = evidence(compare(hand, scene, poses, none, count, shell=not slack), slack).score
-        score = score * max(1, len(hand.points) / count) - cost(poses)
+        poses = refine(hand, scene, cloud, poses, none, distances, count, 0.3 if slack else 0.1, None, 3, i == 0)
+        seen = evidence(compare(hand, scene, poses, none, count, shell=not slack), slack)
+        more = max(1, len(hand.points) / count)
+        score = more * seen.score - cost(poses)
         if score.max() > CLEAR and slack < 0.03:          # then it is one of these
-            poses, score = poses[score > score.max() / 3], score[score > score.max() / 3]
-        poses, score = distinct(poses, score, rest)
+            likely = score > score.max() / 3
+            poses, score, seen.in_view = poses[likely], score[likely], seen.in_view[likely]
+        best = distinct(poses, score, rest)
+        poses, score = poses[best], score[best]
     openings = np.full(len(poses), before)
     for i in np.flatnonzero(score > score.max() - 60):
         openings[i] = likeliest(finger_profile(model, scene, poses[i]), before)
@@ -599,16 +599,15 @@ def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0):
 
 
 def distinct(poses, score, keep):
-    """The best `keep` poses, no two of them within 5 mm and 5 degrees of each other, and their scores."""
+    """Which (k,) are the best `keep` poses, no two of them within 5 mm and 5 degrees of each other."""
+    apart = np.linalg.norm(poses[:, None, :3, 3] - poses[:, :3, 3], axis=-1)                # (K,K)
+    cosine = (np.einsum("aij,bij->ab", poses[:, :3, :3], poses[:, :3, :3]) - 1) / 2
+    same = (apart < 0.005) & (cosine > np.cos(np.radians(5)))
     chosen = []
     for i in np.argsort(-score):
-        near = [np.linalg.norm(poses[i, :3, 3] - poses[j, :3, 3]) < 0.005
-                and np.trace(poses[i, :3, :3].T @ poses[j, :3, :3]) > 1 + 2 * np.cos(np.radians(5)) for j in chosen]
-        if not any(near):
+        if len(chosen) < keep and not same[i, chosen].any():
             chosen.append(i)
-        if len(chosen) == keep:
-            break
-    return poses[chosen], score[chosen]
+    return chosen
 
 
 def polish(model, scene, cloud, pose, opening):
