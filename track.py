@@ -571,15 +571,17 @@ def refine(model, scene, cloud, poses, opening, distances, count, slip=0.1, view
     return poses
 
 
-def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0):
+def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0, shifted=None):
     """Hypotheses -> the best `keep` of them, refined, each with the opening that suits it.
 
     A funnel: each round of ICP has fewer hypotheses, more points and a stricter judge; the first only shifts, for what
     the search found is off by more than ICP can turn by. Which of them is right is decided without the
-    fingers first: they may have moved. cost(poses) (K,) comes off their scores. Returns poses (k,4,4), opening (k,).
+    fingers first: they may have moved. cost(poses) (K,) comes off their scores; shifted: how many the first round
+    leaves, default all, for what is turned the most looks the worst until it may turn. Returns poses (k,4,4), opening
+    (k,).
     """
     hand = part(model, model.slide == 0)
-    rounds = (((0.06,), 80, max(3 * keep, len(poses) // 2), 0.03), ((0.05,), 80, 5 * keep, 0.03),
+    rounds = (((0.06,), 80, shifted or len(poses), 0.03), ((0.05,), 80, 5 * keep, 0.03),
               ((0.05, 0.03), 120, 2 * keep, 0.02), ((0.03, 0.015), 250, keep, 0.0))
     for i, (distances, count, rest, slack) in enumerate(rounds):
         none = np.zeros(len(poses))
@@ -751,8 +753,9 @@ def fan(limit, count):
 
 
 SPEED, FARTHEST = 0.6, 0.45  # m/s, how fast a hand may move, and m, how far it is looked for
-# What is searched until something fits: turns (R,3,3), hypotheses, score a point in view. 90 degrees/s are 45 at 2 Hz.
-SEARCHES = (fan(0, 1), 32, WELL), (fan(45, 600), 64, 0.6), (fan(85, 1000), 96, 0.6)
+# What is searched until something fits: turns (R,3,3), hypotheses, how many are left when they have shifted, score a
+# point in view. 90 degrees/s are 45 at 2 Hz.
+SEARCHES = (fan(0, 1), 32, 18, WELL), (fan(45, 600), 64, 64, 0.6), (fan(85, 1000), 96, 96, 0.6)
 
 
 def register(model, scene, mask, rotations=200):
@@ -830,13 +833,13 @@ def track_one(model, scene, state, dt):
     seen = evidence(compare(model, scene, poses, openings, shell=True))
     found = seen.score.max() > 0.8 * state.score and fits_well(seen, cost(poses), WELL)
     space = None if found else voxels(scene, state.pose[:3, 3], reach, hand.reach)
-    for turns, hypotheses, enough in SEARCHES:
+    for turns, hypotheses, shifted, enough in SEARCHES:
         if found:
             break
         wide = search(hand, scene, space, state.pose[:3, :3] @ turns, hypotheses)
         if len(poses) == len(guesses):
             wide = np.concatenate([guesses, wide])
-        fitted, widths = settle(model, scene, cloud, wide, state.opening, cost=cost)
+        fitted, widths = settle(model, scene, cloud, wide, state.opening, 6, cost, shifted)
         poses, openings = np.concatenate([poses, fitted]), np.concatenate([openings, widths])
         seen = evidence(compare(model, scene, poses, openings, shell=True))
         found = fits_well(seen, cost(poses), enough)
