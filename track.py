@@ -444,17 +444,17 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
         visible[v, i] = True
         off = np.where(measured > 0, measured - z, np.nan)
         unchanged = scene.still[v, y, x]
-        if scene.noise > NOISY or not strict:
-            thin = (model.slide[i % N] != 0) & (scene.noise > NOISY) & (not strict)
-            at_edge = (off > tolerance) & (thin | (scene.near[v, y, x] - z < tolerance))
-            off[at_edge] = np.nan
-            edge[v, i] = at_edge
         if pixel > COARSE and not strict:                 # at coarse edges a neighbouring pixel may speak
             for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
                 row, column = (y + dy).clip(0, H - 1), (x + dx).clip(0, W - 1)
                 other = scene.depth[v, row, column]
                 better = (other > 0) & (np.abs(other - z) < np.abs(off)) & ~scene.still[v, row, column]
                 off, unchanged = np.where(better, other - z, off), unchanged & ~better
+        if scene.noise > NOISY or not strict:
+            thin = (model.slide[i % N] != 0) & (scene.noise > NOISY) & (not strict)
+            at_edge = (off > tolerance) & (thin | (scene.near[v, y, x] - z < tolerance))
+            off[at_edge] = np.nan
+            edge[v, i] = at_edge
         still[v, i] = unchanged
         gap[v, i] = off
         if shell:
