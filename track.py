@@ -43,7 +43,7 @@ AGREE = 0.012               # m along the ray, a model point and the measured on
 STILL = 0.015               # m along the ray, a pixel that changed less since the observed frame shows scenery
 RECOLOURED = 40             # of 255, a pixel whose colour changed more shows something else
 NOISY = 0.001               # m, above this the depth is a generator's: normals of it mean little, edges are blurred
-COARSE = 0.004              # m, of a pixel on the hand
+COARSE = 0.004              # m, a pixel on the hand that is larger may miss what its neighbours show
 OCCLUDED = 0.025            # m, what lies so far in front of a model point hides it
 VOXEL = 0.03                # m, of the search
 SEARCHED = 40               # model points that the search uses
@@ -55,7 +55,7 @@ WIDTHS = np.linspace(0, STROKE, 33)                      # m, the openings that 
 GRASPED = 6.0 * (WIDTHS > STROKE - 0.01) + 4 * WIDTHS / STROKE
 LET_GO = 6.0 * (WIDTHS < STROKE - 0.02)                  # the same after a step in which it stayed behind
 UNSEEN = 8                  # points between the best and the worst width, below which fingers count as unseen
-FINGER_AGREE = 0.006        # m along the ray, the same for a finger: finer, for fingers slide past each other unnoticed
+FINGER_AGREE = 0.006        # m along the ray, as AGREE, of a finger: finer, for one that slides along looks the same
 SHELL = 0.03                # m, so far outside the hand there is nothing
 GONE = 0.015                # m, a hand that moved farther shows whether something came along
 EVENT = 0.007               # m, the fingers' way beyond which they have closed or opened
@@ -307,7 +307,7 @@ def make_scene(points, valid, intrinsics, view_in_ref, observed=None, here=None)
 
     With the `observed` frame's scene and `here` (V,H,W), where hands may be, it also holds: still (V,H,W), the other
     pixels that have not changed since and so show no hand; and noise, m, how much those fluctuate: tolerances grow
-    with it.
+    with it. near (V,H,W) m is the nearest depth next to each pixel, in noise a pixel farther.
     """
     ref_in_view = invert(view_in_ref)
     z = depth_in_view(points, ref_in_view)
@@ -413,9 +413,10 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
     The mesh is drawn as its sample points through a z-buffer with cells as large as their spacing, which costs a few
     microseconds a point for any number of hypotheses.
     poses (K,4,4) gripper_in_ref, opening (K,). Returns a namespace: visible (K,V,N) bool; gap (K,V,N) m, measured z
-    minus the model's (nan where nothing is measured, or at an edge); edge (K,V,N), points that noisy depth seems to
-    look through, but that are next to something nearer or on a finger, which blur away, so that nothing can be said;
-    still (K,V,N); shell (K,) points measured in the air around the hand.
+    minus the model's (nan where nothing is measured, or at an edge); edge (K,V,N), points that the view seems to
+    look through, but that are next to something as near, or in noise on a finger, which blurs away: nothing can be
+    said there, for an outline that is right is a pixel off as often as not; still (K,V,N); shell (K,) points measured
+    in the air around the hand.
     """
     K, V, (H, W) = len(poses), len(scene.depth), scene.depth.shape[1:]
     N = len(model.points) if count is None else min(count, len(model.points))
@@ -430,7 +431,7 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
     for v in range(V):
         camera = np.einsum("ki,kij->kj", scene.view_in_ref[v, :3, 3] - poses[:, :3, 3], poses[:, :3, :3])   # in gripper
         pixel = np.linalg.norm(camera[0]) / scene.intrinsics[v, 0, 0]                       # its width on the hand, m
-        i = np.flatnonzero(outward < camera @ model.normals[:N].T)                          # facing the camera; of K * N
+        i = np.flatnonzero(outward < camera @ model.normals[:N].T)         # of K * N, facing the camera
         y, x, z, inside = look_up(scene, v, points.reshape(-1, 3)[i])
         i, y, x, z = i[inside], y[inside], x[inside], z[inside]
         cell = max(1, round(1.5 * spacing / pixel))
@@ -541,7 +542,8 @@ def search(model, scene, space, rotations, keep):
             total += (space.shown if shown else space.hidden)[offset:offset + len(total)]
         total = total.reshape(shifts, size, size)[:, :shifts, :shifts].copy()
         total[beyond] = NONE
-        points, least = max(visible[r].sum(), 15), np.sort(worths)[-keep] if len(worths) >= keep else -np.inf
+        points = max(visible[r].sum(), 15)
+        least = np.sort(worths)[-keep] if len(worths) >= keep else -np.inf
         for _ in range(min(keep, PEAKS) if len(poses) > 1 else keep):    # the best cell, then none of its neighbours
             i, j, k = np.unravel_index(total.argmax(), total.shape)
             worth = total[i, j, k] / points
@@ -581,6 +583,7 @@ def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0, s
     (k,).
     """
     hand = part(model, model.slide == 0)
+    # each: the distances of its ICP, model points, hypotheses that are left, slack of its judge
     rounds = (((0.06,), 80, shifted or len(poses), 0.03), ((0.05,), 80, 5 * keep, 0.03),
               ((0.05, 0.03), 120, 2 * keep, 0.02), ((0.03, 0.015), 250, keep, 0.0))
     for i, (distances, count, rest, slack) in enumerate(rounds):

@@ -72,6 +72,8 @@ def test_icp_resampled_with_outliers_and_many_starts():
     assert 0.75 < fitness.min() and fitness.max() < 0.9
     one, _, _ = track.icp(np.concatenate([source, junk]), target, normals, starts[0], 0.02, 60, trim=0.95)
     assert np.abs(one - got[0]).max() < 1e-4                     # a batch is its members
+    unjudged = track.icp(np.concatenate([source, junk]), target, normals, starts, 0.02, 60, trim=0.95, judge=False)
+    assert np.array_equal(unjudged[0], got) and unjudged[1:] == (None, None)
 
 
 def test_kabsch_ignores_points_of_weight_zero():
@@ -281,6 +283,20 @@ def test_a_wrong_pose_is_not_believed(video):
     seen = track.evidence(track.compare(model, scene, np.stack([truth, *wrong]), np.full(4, 0.078), shell=True))
     for anew in (False, True):
         assert track.believed(seen, np.zeros(4), anew).tolist() == [True, False, False, False]
+
+
+def test_a_right_outline_does_not_contradict(video, monkeypatch):
+    monkeypatch.setattr(track, "COARSE", 1.0)                    # neighbours do not speak for a pixel
+    own, valid = data.point_maps(video["observed_depth"], video["intrinsics"])
+    scene = track.make_scene(
+        data.transform(own, video["view_in_ref"]), valid, video["intrinsics"], video["view_in_ref"]
+    )
+    truth, model = video["true_gripper_in_ref"][0, 0], track.hand_model()
+    poses = np.stack([truth @ motion(0, shift) for shift in 0.003 * np.r_[np.eye(3), -np.eye(3)]])
+    look = lambda: track.evidence(track.compare(model, scene, poses, np.full(len(poses), 0.078)))
+    assert (look().contradict < 0.01 * look().in_view).all()
+    scene.near = np.full_like(scene.depth, np.inf)               # no pixel has a neighbour
+    assert (look().contradict > 0.02 * look().in_view).all()
 
 
 # ------------------------------------------------------------------------------------------------------- openings
