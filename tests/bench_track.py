@@ -166,6 +166,7 @@ def timed(p, model):
 
 def all_cores(predictions, model):
     """Frames a second a hand when as many clips are tracked at once as there are cores, each in its own process."""
+    os.environ["OMP_NUM_THREADS"] = "1"                   # the processes inherit it: a core each
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = [(p, model) for p in predictions]
         list(pool.map(timed, *zip(*jobs[:2 * os.cpu_count()])))          # the processes start and import
