@@ -588,13 +588,12 @@ def settle(model, scene, cloud, poses, before, keep=6, cost=lambda poses: 0.0, s
               ((0.05, 0.03), 120, 2 * keep, 0.02), ((0.03, 0.015), 250, keep, 0.0))
     for i, (distances, count, rest, slack) in enumerate(rounds):
         none = np.zeros(len(poses))
-        poses = refine(hand, scene, cloud, poses, none, distances, count, 0.3 if slack else 0.1, None, 3, i == 0)
-        seen = evidence(compare(hand, scene, poses, none, count, shell=not slack), slack)
-        more = max(1, len(hand.points) / count)
-        score = more * seen.score - cost(poses)
+        poses = refine(hand, scene, cloud, poses, none, distances, count, 0.3 if slack else 0.1, None, 3,
+                       shift_only=i == 0)
+        score = evidence(compare(hand, scene, poses, none, count, shell=not slack), slack).score
+        score = score * max(1, len(hand.points) / count) - cost(poses)
         if score.max() > CLEAR and slack < 0.03:          # then it is one of these
-            likely = score > score.max() / 3
-            poses, score, seen.in_view = poses[likely], score[likely], seen.in_view[likely]
+            poses, score = poses[score > score.max() / 3], score[score > score.max() / 3]
         best = distinct(poses, score, rest)
         poses, score = poses[best], score[best]
     openings = np.full(len(poses), before)
