@@ -43,6 +43,7 @@ AGREE = 0.012               # m along the ray, a model point and the measured on
 STILL = 0.015               # m along the ray, a pixel that changed less since the observed frame shows scenery
 RECOLOURED = 40             # of 255, a pixel whose colour changed more shows something else
 NOISY = 0.001               # m, above this the depth is a generator's: normals of it mean little, edges are blurred
+HOPELESS = 0.015            # m, depth that fluctuates more tells no pose from another: every hand is lost
 COARSE = 0.004              # m, a pixel on the hand that is larger may miss what its neighbours show
 OCCLUDED = 0.025            # m, what lies so far in front of a model point hides it
 VOXEL = 0.03                # m, of the search
@@ -306,19 +307,20 @@ def make_scene(points, valid, intrinsics, view_in_ref, observed=None, here=None)
     """One frame: points (V,H,W,3) in ref, valid (V,H,W), intrinsics (V,3,3), view_in_ref (V,4,4).
 
     With the `observed` frame's scene and `here` (V,H,W), where hands may be, it also holds: still (V,H,W), the other
-    pixels that have not changed since and so show no hand; and noise, m, how much those fluctuate: tolerances grow
-    with it. near (V,H,W) m is the nearest depth next to each pixel, in noise a pixel farther.
+    pixels that have not changed since and so show no hand; fluctuation, m, how much those change; and noise, m, as much
+    of it as tolerances grow with. near (V,H,W) m is the nearest depth next to each pixel, in noise a pixel farther.
     """
     ref_in_view = invert(view_in_ref)
     z = depth_in_view(points, ref_in_view)
     depth = np.where(valid & (z > 0), z, 0)
     scene = SimpleNamespace(points=points, depth=depth, intrinsics=intrinsics, ref_in_view=ref_in_view,
-                            view_in_ref=view_in_ref, still=np.zeros(depth.shape, bool), noise=0.0)
+                            view_in_ref=view_in_ref, still=np.zeros(depth.shape, bool), noise=0.0, fluctuation=0.0)
     if observed is not None:
         change = np.abs(depth - observed.depth)
         both = (depth > 0) & (observed.depth > 0)
         quiet = change[both & (change < 0.05)]
-        scene.noise = min(1.48 * float(np.median(quiet)), 0.01) if len(quiet) else 0.0
+        scene.fluctuation = 1.48 * float(np.median(quiet)) if len(quiet) else 0.0
+        scene.noise = min(scene.fluctuation, 0.01)
         scene.still = both & (change < max(STILL, 3 * scene.noise)) & ~here
     window = 1, *((5, 5) if scene.noise > NOISY else (3, 3))
     scene.near = minimum_filter(np.where(depth > 0, depth, np.inf), window)
@@ -825,7 +827,7 @@ def track_one(model, scene, state, dt):
     lost = SimpleNamespace(**{**vars(state), "lost": True, "missed": state.missed + 1, "motion": np.eye(4),
                               "fitness": 0.0, "inlier_rmse": np.nan, "profile": np.zeros(len(WIDTHS)), "width": None})
     cloud = nearby(scene, state.pose[:3, 3], reach + model.reach, 6000)
-    if cloud is None:
+    if cloud is None or scene.fluctuation > HOPELESS:
         return lost
     guesses = np.stack([state.pose, state.pose @ state.motion])
     # What the robot did before it does on: far and turned costs points, little beside those that a wrong place loses.
@@ -920,7 +922,8 @@ def track(prediction, init="auto", model=None, progress=False):
     intrinsics, view_in_ref, observed_rgb, observed_depth, fps, and observed_gripper_in_ref + observed_opening, or
     observed_gripper masks). init 'pose' | 'mask' | 'auto': the pose if it is known. model: of hand_model or make_model.
     Returns the arrays of trajectory.npz: gripper_in_ref (F,A,4,4), gripper_motion (T,A,4,4) from the first frame in
-    the gripper's own frame, opening (F,A) m, closed (F,A), fitness (F,A), inlier_rmse (F,A) m, lost (F,A); from masks
+    the gripper's own frame, opening (F,A) m, closed (F,A), fitness (F,A), inlier_rmse (F,A) m, lost (F,A),
+    fluctuation (F,) m of the depth of what does not move, above HOPELESS of which all is lost; from masks
     also symmetric_gripper_in_ref (F,A,4,4), the other solution, and symmetry_score (A,2). A frame that is lost holds
     the last pose. Raises ValueError naming the key that is missing or has the wrong shape.
     """
@@ -969,7 +972,7 @@ def track(prediction, init="auto", model=None, progress=False):
         here |= masks.any(1)
     here = binary_dilation(here, np.ones((1, 3, 3), bool))
 
-    frames, last = [states], observed
+    frames, last, fluctuation = [states], observed, [0.0]
     for t in tqdm(range(T), desc="tracking", unit="frame", disable=not progress):
         # no scenery: where the hands were, and what lay in line with them and looks different now
         other = here.copy()
@@ -988,6 +991,7 @@ def track(prediction, init="auto", model=None, progress=False):
         for m, s, next_state in zip(models, frames[-1], states):
             next_state.held = comes_along(m, last, scene, s, next_state)
         frames.append(states)
+        fluctuation.append(scene.fluctuation)
         last = scene
 
     collect = lambda name: np.array([[getattr(s, name) for s in states] for states in frames])
@@ -997,7 +1001,8 @@ def track(prediction, init="auto", model=None, progress=False):
         extra["symmetric_gripper_in_ref"] = gripper_in_ref @ HALF_TURN
     return dict(gripper_in_ref=gripper_in_ref, gripper_motion=invert(gripper_in_ref[:1]) @ gripper_in_ref[1:],
                 opening=opening, closed=closed_flags(opening), fingers=fingers, lost=lost,
-                fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"), **extra)
+                fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"), fluctuation=np.array(fluctuation),
+                **extra)
 
 
 def belongs(model, scene, pose, opening):
@@ -1207,6 +1212,10 @@ def plot(path, p, trajectory):
 
 def report(p, trajectory):
     """What was tracked, and how far off where the truth is known."""
+    restless = trajectory["fluctuation"] > HOPELESS
+    if restless.any():
+        print(f"in {restless.sum()} of {len(restless)} frames the depth of what does not move fluctuates by more than "
+              f"{1000 * HOPELESS:.0f} mm: too much to tell where a hand is, which counts as lost")
     for a in range(trajectory["lost"].shape[1]):
         lost = trajectory["lost"][:, a]
         line = f"hand {a}: {len(lost) - lost.sum()} of {len(lost)} frames tracked"

@@ -223,6 +223,16 @@ def test_a_generators_points_are_tracked(video):
     assert (off[~result["lost"]] < 0.03).all()
 
 
+def test_depth_that_tells_nothing_loses_the_hand(video):
+    noise = 0.04 * np.random.default_rng(0).standard_normal(video["points"].shape[:-1])
+    own = data.transform(video["points"], data.invert(video["view_in_ref"]).astype(np.float32))
+    own = own * (1 + noise / own[..., 2].clip(0.05))[..., None]
+    points = data.transform(own, video["view_in_ref"]).astype(np.float32)
+    result = track.track({**video, "points": points})
+    assert result["lost"][1:].all() and (result["fluctuation"][1:] > track.HOPELESS).all()
+    assert np.array_equal(result["gripper_in_ref"][1:], result["gripper_in_ref"][:1].repeat(FRAMES - 1, 0))    # held
+
+
 @pytest.mark.parametrize("thing, told", [("goes", 1), ("stays", -1), ("none", 0)])
 def test_what_comes_along_is_held(thing, told):
     """A stick between the fingers of a hand that moves goes with it, or stays, or there is none."""
