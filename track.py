@@ -416,7 +416,7 @@ def compare(model, scene, poses, opening, count=None, shell=False, strict=False)
     microseconds a point for any number of hypotheses.
     poses (K,4,4) gripper_in_ref, opening (K,). Returns a namespace: visible (K,V,N) bool; gap (K,V,N) m, measured z
     minus the model's (nan where nothing is measured, or at an edge); edge (K,V,N), points that the view seems to
-    look through, but that are next to something as near, or in noise on a finger, which blurs away: nothing can be
+    look through, but that are next to something as near, or, in noise, on a finger, which blurs away: nothing can be
     said there, for an outline that is right is a pixel off as often as not; still (K,V,N); shell (K,) points measured
     in the air around the hand.
     """
@@ -506,7 +506,8 @@ def voxels(scene, centre, radius, reach):
     close = scene.candidates.points[in_cube(scene.candidates.points, centre, (half + 0.5) * VOXEL)]
     filled = np.zeros((size,) * 3, bool)
     filled[tuple((np.rint((close - centre) / VOXEL).astype(int) + half).clip(0, size - 1).T)] = True
-    near = filled.astype(np.float32)                      # exp(-d^2), d voxels to the nearest filled one: axis by axis
+    # exp(-d^2), d voxels to the nearest filled one, up to one along each axis; a product over the axes
+    near = filled.astype(np.float32)
     for axis in range(3):
         line, before = np.moveaxis(near, axis, 0), np.moveaxis(near.copy(), axis, 0) * np.float32(np.exp(-1))
         np.maximum(line[1:], before[:-1], out=line[1:])
