@@ -1,32 +1,35 @@
-"""RGB-D episodes of robot manipulation: recorded ones packed for training, or rendered ones, and clips cut from them.
+"""The clip, the one dictionary that every stage reads and writes, and the episodes it is cut from.
 
     python data.py --task 1                            # render the synthetic world's episodes into data/task_1
-    python data.py --task 1 --source FOLDER            # pack recorded episodes in the public dataset's layout
+    python data.py --task 1 --source FOLDER            # pack recorded episodes, say what was found, draw preview.png
     python data.py --task 1 --source hub --episodes 3  # download and pack three of the public episodes
     python data.py --task 1 --preview                  # data/task_1/preview.png: two views, both clouds in one frame
 
-The method needs, for every frame of every camera, the colour image and a *pointmap*: an image whose pixels hold metric
-x, y, z. A pointmap of view m can be written in its own camera's frame (from depth and intrinsics alone) or in another
-camera's frame (which takes both poses). Training turns every view's pointmaps into the frame of the reference view, so
-that the clouds of all views lie in one space; poses are used for this and for nothing else.
+A *pointmap* is an image whose pixels hold metric x, y, z. Depth and intrinsics give it in the camera's own frame; poses
+carry it into the reference view's, where the clouds of all views meet.
 
-Letters   C cameras, V views of a clip (view 0 is the reference), T frames, F = 1 observed + T predicted frames,
-          A arms (0 right, 1 left), H W pixels
-Units     metres, seconds, pixels; `depth.npy` is uint16 millimetres along the camera's z, 0 = nothing measured
+Letters   V views of a clip (view 0 is the reference), T predicted frames, F = T + 1 with the observed one, A arms,
+          H W pixels, N points. Of an episode: R cameras, T frames. Of the renderer: K pictures at once, M faces.
+Units     metres, seconds, pixels
 Frames    cameras: OpenCV (x right, y down, z forward), integer pixel coordinates are pixel centres
           gripper: Franka's hand frame (z out of the palm, fingers slide along y, opening 0..0.08 m)
           world: z up, table top at z = 0, +x away from the robot, +y to its left
-          `a_in_b` is the 4 x 4 that takes a-coordinates to b-coordinates: points_in_b = transform(points_in_a, a_in_b)
+          `a_in_b` (4,4) takes a-coordinates to b-coordinates: points_in_b = transform(points_in_a, a_in_b)
+          Points named `points` are in the frame of the reference camera at the observed instant.
 
-References: the method, arXiv 2507.01099; pointmaps in another view's frame, DUSt3R, arXiv 2312.14132; the public data,
-Hugging Face dataset Zeyi/4dgen-dataset.
+References: the method, arXiv 2507.01099; pointmaps in another view's frame, arXiv 2312.14132; the public data,
+huggingface.co/datasets/Zeyi/4dgen-dataset.
 """
 import argparse
+import contextlib
 import json
+import mmap
 import multiprocessing
 import os
 import re
 import shutil
+import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +39,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from einops import rearrange
+from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 FAR = 2.0                   # metres; farther depth counts as invalid
-CLIP_HZ = 2                 # frames a second of a clip: ten predicted frames are five seconds
+CLIP_HZ = 2                 # frames a second of a clip
+FRAMES = 10                 # predicted ones: five seconds
+MOVED = 0.013               # metres; a pixel whose point is farther than this from its observed point has moved
 MIN_SPEED = 0.02            # m/s; a clip must see an arm move faster than this in its first STATIC_SECONDS
 STATIC_SECONDS = 2.0
-TRAIN_CAMERAS, TEST_CAMERAS = range(0, 12), range(12, 16)      # public data's scene_1..scene_12, scene_13..scene_16
+TRAIN_CAMERAS, TEST_CAMERAS = range(0, 12), range(12, 16)      # of a rig of 16, as in the paper
 
 
 @dataclass(frozen=True)
@@ -61,58 +66,45 @@ TASKS = {
     3: Task("PlaceAppleFromBowlIntoBin", "BimanualPlaceAppleFromBowlIntoBin", "apple", (44,)),
 }
 ARMS = ("right", "left")
-PUBLIC_GRIPPER_IDS = {"right": (29, 30, 31), "left": (33, 34, 35)}
 OTHER, RIGHT_GRIPPER, LEFT_GRIPPER, OBJECT = 0, 1, 2, 3        # the labels of a packed episode
+PUBLIC_GRIPPER_IDS = {RIGHT_GRIPPER: (29, 30, 31), LEFT_GRIPPER: (33, 34, 35)}
 
 
-# ------------------------------------------------------------------------------------------------------- geometry
-# Written with operators only: numpy arrays and torch tensors go in, the same kind comes out, any leading dimensions.
+# ------------------------------------ geometry
+# Down to point_maps for numpy arrays and torch tensors; the rest is numpy's.
 
 def pixel_rays(height, width, intrinsics):
-    """(H, W, 3) directions with z = 1 through the pixel centres of a pinhole camera, in its own frame.
-
-    intrinsics: (..., 3, 3) pixels. Returns (..., H, W, 3), the kind (numpy or torch) of `intrinsics`.
-    """
-    numpy = isinstance(intrinsics, np.ndarray)
-    v, u = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    u, v = ((x.astype(intrinsics.dtype) if numpy else torch.as_tensor(x).to(intrinsics)) for x in (u, v))
-    focal = lambda i: intrinsics[..., i, i, None, None]
-    centre = lambda i: intrinsics[..., i, 2, None, None]
-    x = (u - centre(0)) / focal(0)                                              # (..., H, W)
-    y = (v - centre(1)) / focal(1)
-    one = x * 0 + 1
-    return np.stack([x, y, one], -1) if numpy else torch.stack([x, y, one], -1)
+    """(..., H, W, 3) directions with z = 1 through the pixel centres of pinhole cameras (..., 3, 3)."""
+    xp = np if isinstance(intrinsics, np.ndarray) else torch
+    like = dict(dtype=intrinsics.dtype, device=intrinsics.device)
+    fx, fy, cx, cy = (intrinsics[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    rays = xp.ones((*intrinsics.shape[:-2], 3, height, width), **like)          # channels first in memory: faster
+    rays[..., 0, :, :] = (xp.arange(width, **like) - cx) / fx
+    rays[..., 1, :, :] = (xp.arange(height, **like)[:, None] - cy) / fy
+    return xp.moveaxis(rays, -3, -1)
 
 
 def unproject(depth, intrinsics):
-    """Depth (..., H, W) in metres along z -> points (..., H, W, 3) in the camera's own frame."""
+    """Depth (..., H, W) along z -> points (..., H, W, 3) in the camera's own frame."""
     return pixel_rays(*depth.shape[-2:], intrinsics) * depth[..., None]
 
 
 def transform(points_in_a, a_in_b):
-    """Points (..., 3) in frame a -> the same shape in frame b.
-
-    a_in_b: (..., 4, 4); its leading dimensions are the first ones of the points', so one pose moves a whole pointmap.
-    """
+    """Points (..., 3) in frame a -> in frame b. The leading dimensions of a_in_b (..., 4, 4) are the points' first."""
     batch, shape = a_in_b.shape[:-2], points_in_a.shape
     flat = points_in_a.reshape(*shape[:len(batch)], -1, 3)                      # (..., N, 3)
-    moved = flat @ a_in_b[..., :3, :3].mT + a_in_b[..., None, :3, 3]
+    moved = (a_in_b[..., :3, :3] @ flat.mT + a_in_b[..., :3, 3:]).mT            # this way round is faster
     return moved.reshape(*moved.shape[:-2], *shape[len(batch):])
 
 
 def project(points_in_cam, intrinsics):
-    """Points (..., 3) in a camera's frame -> pixel coordinates (..., 2) = (u, v), and depth z (...,) in metres.
-
-    intrinsics: (3, 3), or any shape that broadcasts. Points with z <= 0 lie behind the camera: their pixels mean
-    nothing.
-    """
+    """Points (..., 3) in a camera's frame -> pixels (..., 2) = (u, v), meaningless where z <= 0, and z (...,)."""
     homogeneous = (intrinsics @ points_in_cam[..., None])[..., 0]
-    z = homogeneous[..., 2]
-    return homogeneous[..., :2] / z[..., None], z
+    return homogeneous[..., :2] / homogeneous[..., 2:], homogeneous[..., 2]
 
 
 def invert(a_in_b):
-    """b_in_a of a rigid transform (..., 4, 4): rotation transposed, no matrix inversion."""
+    """b_in_a of a rigid transform (..., 4, 4)."""
     b_in_a = a_in_b * 0
     rotation = a_in_b[..., :3, :3].mT
     b_in_a[..., :3, :3] = rotation
@@ -121,30 +113,34 @@ def invert(a_in_b):
     return b_in_a
 
 
+def pose(position, rotation=np.eye(3)):
+    """a_in_b (..., 4, 4) from frame a's position (..., 3) and rotation in frame b."""
+    a_in_b = np.zeros((*np.shape(position)[:-1], 4, 4))
+    a_in_b[..., :3, :3], a_in_b[..., :3, 3], a_in_b[..., 3, 3] = rotation, position, 1
+    return a_in_b
+
+
 def normalize_points(points):
-    """Metres in [-1, 2] -> [-1, 1], an image's range, so that a pointmap can enter an image VAE. Nothing is clamped."""
+    """Metres in [-1, 2] -> [-1, 1], an image's range. Nothing is clamped."""
     return (points - 0.5) / 1.5
 
 
 def denormalize_points(points):
-    """[-1, 1] -> metres in [-1, 2]; the inverse of normalize_points."""
     return points * 1.5 + 0.5
 
 
 def point_maps(depth, intrinsics):
     """Depth (..., H, W) m and intrinsics (..., 3, 3) -> points_in_own_cam (..., H, W, 3) and valid (..., H, W).
 
-    A pixel without depth (0, or beyond FAR) is put on the plane z = FAR along its own ray, before any change of frame,
-    and is marked invalid. Left at 0 it would sit in the camera's centre: carried into another frame, every such pixel
-    becomes the camera's position, a point that no surface has.
+    A pixel without depth (0, negative, NaN, infinite or beyond FAR) is put on the plane z = FAR along its own ray and
+    marked invalid. Left at 0 it would be the camera's position in another frame, a point that no surface has.
     """
     valid = (depth > 0) & (depth <= FAR)
-    filled = depth + (FAR - depth) * ~valid
-    return unproject(filled, intrinsics), valid
+    return unproject((np if isinstance(depth, np.ndarray) else torch).where(valid, depth, FAR), intrinsics), valid
 
 
 def scale_intrinsics(intrinsics, old_size, new_size):
-    """Intrinsics (..., 3, 3) of an image resized from old_size (H, W) to new_size: u' = (u + 1/2) s - 1/2, per axis."""
+    """Intrinsics (..., 3, 3) of a picture resized from old_size (H, W) to new_size: u' = (u + 1/2) s - 1/2."""
     scaled = np.array(intrinsics, dtype=np.float64)
     for axis, s in ((0, new_size[1] / old_size[1]), (1, new_size[0] / old_size[0])):
         scaled[..., axis, axis] *= s
@@ -153,24 +149,21 @@ def scale_intrinsics(intrinsics, old_size, new_size):
 
 
 def resize(frames, size, kind):
-    """Resize (N, H, W[, 3]) to size (H, W). kind 'rgb': bilinear with antialiasing; 'depth' and 'label': nearest.
-
-    Depth is never averaged: between a gripper at 0.8 m and a table at 1.1 m lies no surface at 0.95 m, and an invented
-    point there would be trained on and tracked.
-    """
-    if frames.shape[1:3] == tuple(size):
-        return np.ascontiguousarray(frames)
+    """(..., H, W[, 3]) at size (H, W): 'rgb' bilinear with antialiasing; 'depth' and 'label' nearest, for between a
+    gripper at 0.8 m and a table at 1.1 m lies no surface at 0.95 m."""
+    old_size = frames.shape[-3:-1] if kind == "rgb" else frames.shape[-2:]
+    if old_size == tuple(size):
+        return frames
     if kind == "rgb":
-        x = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "n h w c -> n c h w").float()
-        x = F.interpolate(x, size, mode="bilinear", antialias=True)
-        return rearrange(x.round().clamp(0, 255).byte(), "n c h w -> n h w c").numpy()
-    rows = ((np.arange(size[0]) + 0.5) * frames.shape[1] / size[0]).astype(int)
-    columns = ((np.arange(size[1]) + 0.5) * frames.shape[2] / size[1]).astype(int)
-    return frames[:, rows[:, None], columns]
+        x = torch.from_numpy(np.ascontiguousarray(frames)).reshape(-1, *old_size, 3).movedim(-1, 1).float()
+        x = F.interpolate(x, size, mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+        return x.movedim(1, -1).reshape(*frames.shape[:-3], *size, 3).numpy()
+    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, old_size))
+    return frames[..., rows[:, None], columns]
 
 
 def rotation_from_6d(rot_6d):
-    """(..., 6), the first two rows of a rotation matrix -> (..., 3, 3), by Gram-Schmidt (arXiv 1812.07035, eq. 15)."""
+    """(..., 6), the first two rows of a rotation -> (..., 3, 3), by Gram-Schmidt (arXiv 1812.07035, eq. 15)."""
     a, b = rot_6d[..., :3], rot_6d[..., 3:]
     x = a / np.linalg.norm(a, axis=-1, keepdims=True)
     y = b - (x * b).sum(-1, keepdims=True) * x
@@ -178,358 +171,679 @@ def rotation_from_6d(rot_6d):
     return np.stack([x, y, np.cross(x, y)], -2)
 
 
-# ------------------------------------------------------------------------------------------------ packed episodes
-
-def save_episode(folder, rgb, depth, label, intrinsics, cam_in_world, gripper_in_world, gripper_opening, time, info):
-    """Write one packed episode; the folder appears only when it is complete.
-
-    rgb (C,T,H,W,3) uint8, depth (C,T,H,W) uint16 mm, label (C,T,H,W) uint8, intrinsics (C,3,3) pixels, cam_in_world
-    (C,T,4,4) or (C,4,4), gripper_in_world (T,A,4,4), gripper_opening (T,A) m, time (T,) s, info: what goes into
-    episode.json (task, source, rate_hz, ...).
-    """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    np.save(partial / "rgb.npy", rgb)
-    np.save(partial / "depth.npy", depth)
-    np.save(partial / "label.npy", label)
-    np.savez(partial / "cameras.npz", intrinsics=intrinsics, cam_in_world=cam_in_world)
-    np.savez(partial / "robot.npz", gripper_in_world=gripper_in_world, gripper_opening=gripper_opening, time=time)
-    (partial / "episode.json").write_text(json.dumps(info, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+def rotation_angle(rotation):
+    """The angle of rotations (..., 3, 3) in radians (...,), exact near 0, where an arccos is not."""
+    sines = np.stack([rotation[..., i, i - 2] - rotation[..., i - 2, i] for i in range(3)], -1)
+    return np.arctan2(np.linalg.norm(sines, axis=-1), np.trace(rotation, axis1=-2, axis2=-1) - 1)
 
 
-def load_episode(folder):
-    """Open a packed episode; the pictures stay on disk (memory-mapped) until they are indexed.
+def pose_errors(a_in_ref, b_in_ref):
+    """How far two poses (..., 4, 4) are apart: metres (...,) and degrees (...,)."""
+    turned = a_in_ref[..., :3, :3].mT @ b_in_ref[..., :3, :3]
+    return np.linalg.norm(a_in_ref[..., :3, 3] - b_in_ref[..., :3, 3], axis=-1), np.rad2deg(rotation_angle(turned))
 
-    Returns a namespace: rgb, depth, label, intrinsics (C,3,3), cam_in_world (C,T,4,4), gripper_in_world (T,A,4,4),
-    gripper_opening (T,A), time (T,), rate_hz, info, folder. Raises ValueError naming the file that is missing or wrong.
-    """
-    folder = Path(folder)
+
+def rigid_fit(source, target, weights=None):
+    """source_in_target (..., 4, 4) from points (..., N, 3) and their partners, weighted least squares (Kabsch 1976)."""
+    weights = np.ones(source.shape[:-1]) if weights is None else weights
+    weights = (weights / weights.sum(-1, keepdims=True))[..., None]             # (..., N, 1)
+    source_mean, target_mean = (weights * source).sum(-2), (weights * target).sum(-2)
+    covariance = (source - source_mean[..., None, :]).mT @ (weights * (target - target_mean[..., None, :]))
+    u, _, vt = np.linalg.svd(covariance)
+    u[..., 2] *= np.sign(np.linalg.det(u @ vt))[..., None]                      # a rotation, never a mirror image
+    rotation = (u @ vt).mT
+    return pose(target_mean - (rotation @ source_mean[..., None])[..., 0], rotation)
+
+
+# ------------------------------------ files and pictures
+
+@contextlib.contextmanager
+def reading(path, hint=""):
+    """What goes wrong with a file that is read, as a ValueError of one line. hint: how it can be made."""
     try:
-        info = json.loads((folder / "episode.json").read_text())
-        rgb, depth, label = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("rgb", "depth", "label"))
-        with np.load(folder / "cameras.npz") as cameras, np.load(folder / "robot.npz") as robot:
-            intrinsics, cam_in_world = cameras["intrinsics"], cameras["cam_in_world"]
-            gripper_in_world, opening, time = robot["gripper_in_world"], robot["gripper_opening"], robot["time"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{error.filename} is missing: {folder} is not a packed episode "
-                         "(make it with data.py)") from None
-    except (KeyError, OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{folder} is damaged ({error}): delete it and run data.py again") from None
-    if rgb.shape[:-1] != depth.shape or depth.shape != label.shape or len(gripper_in_world) != rgb.shape[1]:
-        raise ValueError(f"{folder}: rgb {rgb.shape}, depth {depth.shape}, label {label.shape} and robot "
-                         f"{gripper_in_world.shape} do not belong together; delete it and run data.py again")
-    if cam_in_world.ndim == 3:
-        cam_in_world = np.repeat(cam_in_world[:, None], rgb.shape[1], axis=1)
-    return SimpleNamespace(rgb=rgb, depth=depth, label=label, intrinsics=intrinsics, cam_in_world=cam_in_world,
-                           gripper_in_world=gripper_in_world, gripper_opening=opening, time=time,
-                           rate_hz=info.get("rate_hz", 10), info=info, folder=folder)
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing" + f": {hint}" * bool(hint)) from None
+    except OSError as error:
+        first = str(error.strerror or error).partition("\n")[0]
+        raise ValueError(f"cannot read {path}: {first}") from None
+    except Exception as error:      # of zip, zlib, json, npy, ...: whatever a damaged file makes them raise
+        head, path = Path(path).read_bytes()[:40], Path(path)
+        why = (str(error) or "it is empty").splitlines()[0]
+        says = f"is damaged ({why}): replace or delete it" + f"; {hint}" * bool(hint)
+        if head.startswith(b"version https://git-lfs"):
+            says = "is a git-lfs pointer: fetch the file itself with `git lfs pull`"
+        elif path.suffix == ".npz" and head and not head.startswith(b"PK"):
+            says = f"is no npz file: it begins with {head[:8]!r}"
+        elif "allow_pickle" in str(error):
+            says = "holds pickled objects, which are never loaded"
+        raise ValueError(f"{path} {says}") from None
 
 
-def episode_folders(data):
-    """The packed episodes under a data folder, in order of their names."""
-    folders = sorted(path.parent for path in Path(data).glob("*/episode.json"))
-    folders = [folder for folder in folders if not folder.name.endswith(".partial")]
-    if not folders:
-        raise ValueError(f"no packed episodes in {data}: run `python data.py --task N --out {data}` first")
-    return folders
-
-
-# ---------------------------------------------------------------------------- recorded episodes, the public layout
-
-def find_recorded(source, task):
-    """The `processed` folders of a task's episodes under any level of the public layout."""
-    found = sorted({path.parent for path in Path(source).rglob("processed/observations.npz")})
-    of_other_tasks = {t.folder for number, t in TASKS.items() if number != task}
-    found = [path for path in found if not of_other_tasks & set(path.resolve().parts)]
-    if not found:
-        raise ValueError(f"{source} holds no processed/observations.npz of task {task} ({TASKS[task].folder}/<session>/"
-                         "diffusion_spartan/episode_K/processed/)")
-    return found
-
-
-def label_ids(metadata, task):
-    """Label ids -> {RIGHT_GRIPPER: ids, LEFT_GRIPPER: ids, OBJECT: ids}, by the episode's names where it has them."""
-    names = metadata.get("label_names")
-    if not names:
-        return {RIGHT_GRIPPER: PUBLIC_GRIPPER_IDS["right"], LEFT_GRIPPER: PUBLIC_GRIPPER_IDS["left"],
-                OBJECT: TASKS[task].object_ids}
-    matching = lambda pattern: tuple(int(i) for i, name in names.items() if re.match(pattern, name))
-    return {RIGHT_GRIPPER: matching("right_(hand|finger)"), LEFT_GRIPPER: matching("left_(hand|finger)"),
-            OBJECT: matching(TASKS[task].object)}
-
-
-def read_array(archive, key, path, shape):
-    """archive[key], checked: `shape` has None where any length goes."""
-    if key not in archive:
-        raise ValueError(f"{path} has no array '{key}'")
-    array = archive[key]
-    if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape)):
-        raise ValueError(f"{path}: '{key}' has shape {array.shape}, expected {shape} (None: any)")
-    return array
-
-
-def pack_recorded(processed, out, task, size):
-    """Pack one recorded episode (a `processed` folder of the public layout) at size (H, W) into the folder `out`."""
-    processed = Path(processed)
-    for name in ("observations.npz", "intrinsics.npz", "extrinsics.npz"):
-        if not (processed / name).exists():
-            raise ValueError(f"{processed / name} is missing")
-    meta_file = processed / "metadata.yaml"
-    metadata = (yaml.safe_load(meta_file.read_text()) or {}) if meta_file.exists() else {}
-    rate_hz = float(metadata.get("rate_hz", 10))
-    ids = label_ids(metadata, task)
-    observations_file = processed / "observations.npz"
+@contextlib.contextmanager
+def writing(path):
+    """Yields a name beside `path` to write to, which becomes `path` when all is written."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
     try:
-        observations = np.load(observations_file)
-        intrinsics_file, extrinsics_file = np.load(processed / "intrinsics.npz"), np.load(processed / "extrinsics.npz")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{processed} holds a damaged npz file ({error})") from None
-    cameras = sorted((key for key in observations if re.fullmatch(r"scene_\d+", key)), key=lambda key: int(key[6:]))
-    if len(cameras) < 2:
-        raise ValueError(f"{observations_file} has {len(cameras)} cameras (scene_1, scene_2, ...); two are needed")
-
-    rgb, depth, label, intrinsics, cam_in_world = [], [], [], [], []
-    for camera in cameras:
-        images = read_array(observations, camera, observations_file, (None, None, None, 3))
-        shape = images.shape[:3]
-        depths = read_array(observations, camera + "_depth", observations_file, shape)
-        labels = read_array(observations, camera + "_label", observations_file, shape)
-        packed = np.zeros(shape, np.uint8)
-        for label_id, recorded_ids in ids.items():
-            packed[np.isin(labels, recorded_ids)] = label_id
-        rgb.append(resize(images, size, "rgb"))
-        depth.append(resize(depths.astype(np.uint16), size, "depth"))
-        label.append(resize(packed, size, "label"))
-        intrinsics.append(scale_intrinsics(read_array(intrinsics_file, camera, processed / "intrinsics.npz", (3, 3)),
-                                           shape[1:], size))
-        cam_in_world.append(read_array(extrinsics_file, camera, processed / "extrinsics.npz", (shape[0], 4, 4)))
-
-    frames = len(rgb[0])
-    gripper_in_world = np.tile(np.eye(4), (frames, len(ARMS), 1, 1))
-    opening = np.zeros((frames, len(ARMS)))
-    for a, arm in enumerate(ARMS):
-        pose = f"robot__actual__poses__{arm}::panda__"         # the actual one: the desired pose runs ahead of the hand
-        gripper_in_world[:, a, :3, 3] = read_array(observations, pose + "xyz", observations_file, (frames, 3))
-        gripper_in_world[:, a, :3, :3] = rotation_from_6d(
-            read_array(observations, pose + "rot_6d", observations_file, (frames, 6)))
-        key = f"robot__actual__grippers__{arm}::panda_hand"
-        opening[:, a] = read_array(observations, key, observations_file, (frames, 1))[:, 0]
-    save_episode(out, np.stack(rgb), np.stack(depth), np.stack(label), np.stack(intrinsics), np.stack(cam_in_world),
-                 gripper_in_world, opening, np.arange(frames) / rate_hz,
-                 dict(task=task, source="recorded", name="/".join(processed.parts[-4:-1]), rate_hz=rate_hz))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def pack_folder(source, task, out, size, episodes=None):
-    """Pack every recorded episode of a task under `source`; those already in `out` are kept. Returns their number."""
-    found = find_recorded(source, task)[:episodes]
-    out = Path(out)
-    packed = {load_episode(folder).info.get("name"): folder for folder in out.glob("episode_*") if folder.suffix == ""}
-    todo = [path for path in found if "/".join(path.parts[-4:-1]) not in packed]
-    number = len(packed)
-    for processed in tqdm(todo, desc=f"packing {source}", unit="episode"):
-        pack_recorded(processed, out / f"episode_{number:03d}", task, size)
-        number += 1
-    return number
+def read_npz(path, hint="", keys=None):
+    """The arrays of an npz file, or those of them that are in `keys`, as a dict."""
+    with reading(path, hint), np.load(path) as file:
+        return {key: file[key] for key in file if keys is None or key in keys}
 
 
-# ------------------------------------------------------------------------------------------------ clips for training
-
-def episode_split(count, seed=0, test_share=0.2):
-    """Episode numbers 0..count-1 -> (train, test), fixed by the seed. At least one is held out if there are two."""
-    order = np.random.default_rng(seed).permutation(count)
-    held_out = max(1, round(count * test_share)) if count > 1 else 0
-    return sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
+def read_json(path, hint=""):
+    with reading(path, hint):
+        return json.loads(Path(path).read_text())
 
 
-def moving_starts(episode, frames):
-    """Frames at which a clip of 1 + `frames` can start: it must fit, and an arm must move in its first two seconds."""
-    stride = max(1, round(episode.rate_hz / CLIP_HZ))
-    last = episode.rgb.shape[1] - 1 - stride * frames
+def write_npz(path, arrays):
+    with writing(path) as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def write_json(path, values):
+    with writing(path) as partial:
+        partial.write_text(json.dumps(values, indent=1))
+
+
+def pyplot():
+    """matplotlib.pyplot on the Agg canvas, whatever MPLBACKEND says."""
+    os.environ["MPLBACKEND"] = "Agg"
+    import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
+    return plt
+
+
+def write_gif(path, frames, fps, seconds=None):
+    """Frames (T, H, W, 3) uint8 as a gif at true speed; `seconds` (T,): a clock, drawn in a corner."""
+    from PIL import Image, ImageDraw
+    pictures = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
+    for picture, time in zip(pictures, () if seconds is None else seconds):
+        ImageDraw.Draw(picture).text((3, 1), f"{time:+.1f} s", fill="white", stroke_fill="black", stroke_width=1)
+    with writing(path) as partial:
+        pictures[0].save(partial, "GIF", save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0)
+
+
+# ------------------------------------ the clip
+
+CLIP = {                    # key: its axes and kind; the poses of views are those of the observed instant
+    "observed_rgb": ("V H W 3", "rgb"),
+    "observed_depth": ("V H W", "depth"),
+    "observed_gripper": ("V A H W", "mask"),
+    "observed_object": ("V H W", "mask"),
+    "intrinsics": ("V 3 3", "intrinsics"),
+    "observed_gripper_in_ref": ("A 4 4", "pose"),
+    "observed_opening": ("A", "opening"),
+    "ref_in_world": ("4 4", "pose"),
+    "rgb": ("V T H W 3", "rgb"),                               # the prediction
+    "points": ("V T H W 3", "points"),
+    "valid": ("V T H W", "mask"),
+    "view_in_ref": ("V 4 4", "pose"),
+    "true_rgb": ("V T H W 3", "rgb"),                          # the truth, where it is known
+    "true_points": ("V T H W 3", "points"),
+    "true_valid": ("V T H W", "mask"),
+    "true_view_in_ref": ("V 4 4", "pose"),
+    "true_gripper": ("V T A H W", "mask"),
+    "true_gripper_in_ref": ("F A 4 4", "pose"),
+    "true_opening": ("F A", "opening"),
+    "frame_index": ("T", "number"),                            # which of the frames 0, 1, ... after the observed one
+    "fps": ("", "number"),
+}
+NEEDS = {
+    "observed": ("observed_rgb", "observed_depth", "intrinsics"),
+    "prediction": ("rgb", "points"),
+    "pose": ("observed_gripper_in_ref",),
+    "mask": ("observed_gripper",),
+    "truth": ("true_rgb", "true_points", "true_valid", "true_view_in_ref"),
+}
+KINDS = {
+    "rgb": (np.uint8, "colours, uint8 0 to 255"),
+    "depth": (np.float32, "integer millimetres or floating-point metres, most of them 0.05 m to 2 m, 0 for none"),
+    "mask": (bool, "a mask: boolean, 0/1, 0/255 or 0..1"),
+    "points": (np.float32, "floating-point metres"),
+    "pose": (np.float64, "rigid transforms [[R, t], [0, 0, 0, 1]] in metres"),
+    "opening": (np.float64, "the metres between two fingers, such as 0.04"),
+    "number": (None, "finite numbers"),
+    "intrinsics": (np.float64, "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels of the {} picture, (cx, cy) near "
+                               "its middle"),
+}
+
+
+def check_clip(clip, need=("observed",)):
+    """The clip with every array in the dtype of its kind, or a ValueError that names key, shape, dtype or range.
+
+    need: keys, or groups of NEEDS, that must be there. Masks may lack the arms' axis, and NaN points become invalid.
+    """
+    for key in sum((NEEDS.get(group, (group,)) for group in need), ()):
+        if key not in clip:
+            raise ValueError(f"the clip has no '{key}' ({CLIP[key][0]}), only {', '.join(clip)}")
+    checked, lengths = dict(clip, fps=clip.get("fps", CLIP_HZ)), {}
+    for key, (axes, kind) in CLIP.items():
+        if key not in checked:
+            continue
+        axes, array = axes.split(), np.asarray(checked[key])
+        if kind == "mask" and "A" in axes and array.ndim == len(axes) - 1:
+            array = np.expand_dims(array, axes.index("A"))
+        expected = [int(axis) if axis.isdigit() else lengths.get(axis) for axis in axes]
+        if array.ndim != len(axes) or any(want not in (None, got) for want, got in zip(expected, array.shape)):
+            known = "".join(f", {axis} = {lengths[axis]}" for axis in axes if axis in lengths)
+            raise ValueError(f"'{key}' has shape {array.shape}, expected ({', '.join(axes)}){known}")
+        lengths |= {axis: n for axis, n in zip(axes, array.shape) if not axis.isdigit()}
+        if "T" in axes:
+            lengths["F"] = lengths["T"] + 1
+        checked[key] = canonical(array, kind, f"'{key}'", (lengths.get("H"), lengths.get("W")))
+    for prefix in ("", "true_"):
+        if (points := checked.get(prefix + "points")) is not None:
+            finite = np.isfinite(points).all(-1)
+            checked |= {prefix + "valid": checked.get(prefix + "valid", True) & finite,
+                        prefix + "points": np.where(finite[..., None], points, FAR)}
+    return checked
+
+
+def canonical(array, kind, name, size=(None, None)):
+    """The array in the dtype of its kind, if it can be what KINDS says; size (H, W): of the picture of intrinsics."""
+    form, (dtype, expected) = array.dtype.kind, KINDS[kind]
+    known = array[np.isfinite(array)] if form == "f" else array
+    low, high = (known.min(), known.max()) if known.size and form in "buif" else (0, 0)
+    good = form in "buif" and (known.size == array.size or kind in ("depth", "points"))
+    if kind == "rgb":
+        good &= form in "ui" and 0 <= low and high <= 255
+    elif kind == "depth":
+        unit = np.float32(1 if form == "f" else 0.001)
+        measured = known[known > 0] * unit if good else known
+        good &= form != "b" and (high <= 0 or np.median(measured) >= 0.05 and (measured <= FAR).mean() >= 0.2)
+        array = np.where((array > 0) & (array < np.inf), array, 0).astype(dtype) * unit if good else array
+    elif kind == "mask":
+        good &= low >= 0 and (high <= 1 or high == 255)
+        array = array > (high / 2 if high > 1 else 0.5) if good else array
+    elif kind == "points":
+        good &= form == "f" and (not known.size or np.median(np.abs(known)) < 20)
+    elif kind == "opening":
+        good &= -0.005 <= low and high <= 0.25
+    elif kind == "pose" and good:
+        R = array[..., :3, :3].astype(float)
+        off = max(np.abs(R @ R.mT - np.eye(3)).max(), np.abs(array[..., 3, :] - (0, 0, 0, 1)).max())
+        good = off < 1e-3 and (np.linalg.det(R) > 0).all() and max(-low, high) < 20
+    elif kind == "intrinsics" and good:
+        middle, focal = array[..., (0, 1), 2] / size[::-1] - 0.5, array[..., (0, 1), (0, 1)] / max(size)
+        rest = array[..., (0, 1, 2, 2, 2), (1, 0, 0, 1, 2)] - (0, 0, 0, 0, 1)
+        good = np.abs(middle).max() < 0.15 and 0.2 < focal.min() and focal.max() < 10 and np.abs(rest).max() < 1e-3
+    if not good:
+        holes = ", some of it not finite" * (known.size < array.size)
+        raise ValueError(f"{name} is {array.dtype} {low:g} to {high:g}{holes}: expected "
+                         + expected.format(size_text(size)))
+    return array.astype(dtype or array.dtype)
+
+
+def clip_stride(rate_hz, name):
+    """Recorded frames from one frame of a clip to the next."""
+    stride = round(rate_hz / CLIP_HZ) if 0 < rate_hz < 1e6 else 0
+    if stride < 1 or abs(stride * CLIP_HZ / rate_hz - 1) > 0.02:
+        raise ValueError(f"{name} has {rate_hz:g} frames a second: expected a multiple of {CLIP_HZ}")
+    return stride
+
+
+def read_clip(episode, start, cameras, predicted=range(FRAMES), size=None):
+    """The clip (see CLIP) that an episode's `cameras` (from 0, the reference first) observe at its frame `start`.
+
+    predicted: which of the frames 0, 1, ... at CLIP_HZ after that one; size (H, W): by default the episode's.
+    """
+    cameras, predicted, size = np.asarray(cameras), np.asarray(predicted, int), tuple(size or episode.size)
+    times = start + episode.stride * np.concatenate([[0], predicted + 1])       # (F,)
+    numbers = [str(c + 1) for c in cameras]
+    if cameras.min() < 0 or cameras.max() >= episode.cameras or start < 0 or times.max() >= episode.frames:
+        raise ValueError(f"{episode.folder} has {episode.cameras} cameras and {episode.frames} frames, not cameras "
+                         f"{', '.join(numbers)} from {start} to {times.max()}")
+    rgb, depth, label = (resize(getattr(episode, kind)[cameras[:, None], times], size, kind)
+                         for kind in ("rgb", "depth", "label"))                 # (V, F, H, W, ...)
+    depth = depth / np.float32(1000)
+    intrinsics = scale_intrinsics(episode.intrinsics[cameras], episode.size, size)  # (V, 3, 3)
+    ref_in_world = episode.cam_in_world[cameras[0], start]
+    world_in_ref = invert(ref_in_world)
+    view_in_ref = world_in_ref @ episode.cam_in_world[cameras][:, times]        # (V, F, 4, 4)
+    own, valid = point_maps(depth[:, 1:], intrinsics[:, None].astype(np.float32))  # (V, T, H, W, 3)
+    gripper_in_ref, opening = world_in_ref @ episode.gripper_in_world[times], episode.gripper_opening[times]
+    clip = dict(
+        name=f"{episode.folder.name} t{start} cameras {'-'.join(numbers)}", fps=float(CLIP_HZ),
+        frame_index=predicted, ref_in_world=ref_in_world, intrinsics=intrinsics,
+        observed_rgb=rgb[:, 0], observed_depth=depth[:, 0],
+        observed_gripper_in_ref=gripper_in_ref[0], observed_opening=opening[0],
+        true_rgb=rgb[:, 1:], true_points=transform(own, view_in_ref[:, 1:].astype(np.float32)), true_valid=valid,
+        true_view_in_ref=view_in_ref[:, 0], true_gripper_in_ref=gripper_in_ref, true_opening=opening)
+    if episode.labelled:
+        gripper = label[:, :, None] == np.array(episode.gripper_labels)[:, None, None]  # (V, F, A, H, W)
+        clip |= dict(observed_gripper=gripper[:, 0], true_gripper=gripper[:, 1:],
+                     observed_object=label[:, 0] == OBJECT)
+    return clip
+
+
+def truth_row(clip):
+    """The clip with its truth as its prediction."""
+    return clip | {key: clip["true_" + key] for key in ("rgb", "points", "valid", "view_in_ref")}
+
+
+def to_tensors(clip):
+    """A clip as what the networks take. Without a truth F = 1, and points, moving and frame_index are absent.
+
+    rgb (V,F,3,H,W) in [-1, 1], points (V,F,3,H,W) normalised, valid (V,F,H,W), gripper (V,F,A,H,W), own_points
+    (V,3,H,W): the observed ones in the view's own camera frame, all that a robot has, frame_index (T,), moving
+    (V,T,H,W): no point was observed in that pixel within MOVED of its true one.
+    """
+    channels_first = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, -3)))
+    own, valid = point_maps(clip["observed_depth"], clip["intrinsics"].astype(np.float32))  # (V, H, W, 3)
+    rgb, valid, moved = clip["observed_rgb"][:, None], valid[:, None], {}       # (V, 1, H, W, ...)
+    if "true_rgb" in clip:
+        then = lambda observed, true: np.concatenate([observed, true], 1)       # (V, F, ...)
+        rgb, valid = then(rgb, clip["true_rgb"]), then(valid, clip["true_valid"])
+        now = transform(own, clip["true_view_in_ref"].astype(np.float32))[:, None]
+        points = channels_first(then(now, clip["true_points"]))                 # (V, F, 3, H, W)
+        way = points[:, 1:] - points[:, :1]
+        near = (way.square_().sum(2) <= MOVED**2).numpy() & valid[:, :1]
+        moved = dict(points=points.sub_(0.5).div_(1.5), moving=torch.from_numpy(valid[:, 1:] & ~near),
+                     frame_index=torch.as_tensor(clip["frame_index"]))
+    seen = clip.get("observed_gripper", np.zeros_like(valid[:, :1]))            # (V, A, H, W)
+    gripper = np.zeros((*valid.shape[:2], *seen.shape[1:]), bool)               # (V, F, A, H, W)
+    gripper[:, 0] = seen
+    if moved and "true_gripper" in clip:
+        gripper[:, 1:] = clip["true_gripper"]
+    return dict(moved, rgb=channels_first(rgb).float().div_(127.5).sub_(1), valid=torch.from_numpy(valid),
+                gripper=torch.from_numpy(gripper), own_points=channels_first(own).sub_(0.5).div_(1.5))
+
+
+def split_of(name):
+    """'train' or 'test' by the name of an episode's folder alone: more episodes move none."""
+    return "test" if zlib.crc32(name.encode()) % 5 == 0 else "train"
+
+
+def moving_starts(episode, frames=FRAMES):
+    """Frames at which a clip can start: it must fit, and an arm must move in its first two seconds."""
+    last = episode.frames - 1 - episode.stride * frames
     window = max(1, round(STATIC_SECONDS * episode.rate_hz))
-    position = episode.gripper_in_world[..., :3, 3]                             # (T, A, 3) in the world
-    speed = np.linalg.norm(np.diff(position, axis=0), axis=-1) * episode.rate_hz
+    speed = np.linalg.norm(np.diff(episode.gripper_in_world[..., :3, 3], axis=0), axis=-1) * episode.rate_hz  # (T-1,A)
     return [t for t in range(last + 1) if speed[t:t + window].max(initial=0) > MIN_SPEED]
 
 
 class Clips(torch.utils.data.Dataset):
-    """Clips of V views: one observed and `frames` predicted frames at 2 Hz, from cameras and episodes of one split.
+    """Clips of V views from the cameras and episodes of one split: [i] as tensors, .clip(i) as the metric dictionary,
+    each a function of (seed, i) alone. `single`: one random predicted frame (T = 1).
 
-    Item i is a function of (seed, i) alone, so a run that stops and resumes sees the same clips. A dict of tensors:
-        rgb        (V, F, 3, H, W)  in [-1, 1]
-        points     (V, F, 3, H, W)  normalised, in the reference camera's frame (view 0, at the observed instant)
-        valid      (V, F, H, W)     bool, where depth was measured
-        gripper    (V, F, H, W, A)  bool, the mask of each gripper
-        own_points (V, 3, H, W)     normalised, the observed pointmap in the view's own camera frame: all a robot has
-        frame_index (F - 1,)        which of the predicted frames 0..frames-1 these are
-        intrinsics (V, 3, 3), view_in_ref (V, 4, 4) at the observed instant, gripper_in_ref (F, A, 4, 4), opening (F, A)
-    With `single`, only one random predicted frame is taken (F = 2).
+    A rig of fewer than 16 cameras serves both splits with all of them, and a folder whose episodes are all of one
+    split with all of those (`held_out` is then False).
     """
 
-    def __init__(self, data, split, size, views=2, frames=10, single=False, seed=0, length=1 << 30, split_seed=0):
-        folders = episode_folders(data)
-        train, test = episode_split(len(folders), split_seed)
-        self.episodes, self.starts = [], []
-        for number in {"train": train, "test": test or train}[split]:
-            episode = load_episode(folders[number])
-            starts = moving_starts(episode, frames)
-            if starts:
-                self.episodes.append(episode)
-                self.starts.append(starts)
-        if not self.episodes:
-            raise ValueError(f"no episode of the {split} split of {data} holds a moving clip of 1 + {frames} frames at "
-                             f"{CLIP_HZ} Hz")
-        height, width = self.episodes[0].rgb.shape[2:4]
-        if height < size[0] or width < size[1]:
-            raise ValueError(f"{data} is packed at {height}x{width}, smaller than the {size[0]}x{size[1]} asked for: "
-                             f"pack it again with data.py --size {size[0]}x{size[1]}")
-        # a rig with fewer than 16 cameras has none to spare: every one serves both splits
-        chosen = {"train": TRAIN_CAMERAS, "test": TEST_CAMERAS}[split]
-        self.cameras = [np.array(chosen if len(episode.rgb) >= 16 else range(len(episode.rgb)))
-                        for episode in self.episodes]
-        for episode, cameras in zip(self.episodes, self.cameras):
-            if len(cameras) < views:
-                raise ValueError(f"{views} views were asked for, {episode.folder} has {len(cameras)} cameras "
-                                 f"of the {split} split")
-        self.split, self.size, self.views, self.frames = split, tuple(size), views, frames
+    def __init__(self, folder, split, size, views=2, frames=FRAMES, single=False, seed=0, length=1 << 30):
+        every = [load_episode(path) for path in episode_folders(folder)]
+        chosen = [episode for episode in every if split_of(episode.folder.name) == split]
+        self.held_out = 0 < len(chosen) < len(every)
+        self.cuts = []  # (episode, frames it can start at, cameras)
+        for episode in chosen or every:
+            cameras = TRAIN_CAMERAS if split == "train" else TEST_CAMERAS
+            cameras = np.array(cameras if episode.cameras >= 16 else range(episode.cameras))
+            if min(np.array(episode.size) - size) < 0 or len(cameras) < views:
+                raise ValueError(f"{episode.folder} has {len(cameras)} cameras for the {split} split at "
+                                 f"{size_text(episode.size)}, not {views} at {size_text(size)}: see data.py --size")
+            if (starts := moving_starts(episode, frames)):
+                self.cuts.append((episode, starts, cameras))
+        if not self.cuts:
+            raise ValueError(f"no {split} episode of {folder} holds a moving clip of 1 + {frames} frames")
+        self.episodes = [episode for episode, _, _ in self.cuts]
+        self.size, self.views, self.frames = tuple(size), views, frames
         self.single, self.seed, self.length = single, seed, length
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, i):
+        return to_tensors(self.clip(i))
+
+    def clip(self, i):
         draw = np.random.default_rng([self.seed, i])
-        e = draw.integers(len(self.episodes))
-        episode = self.episodes[e]
-        start = int(draw.choice(self.starts[e]))
-        cameras = draw.choice(self.cameras[e], self.views, replace=False)
+        episode, starts, cameras = self.cuts[draw.integers(len(self.cuts))]
+        start, cameras = int(draw.choice(starts)), draw.choice(cameras, self.views, replace=False)
         predicted = draw.integers(self.frames, size=1) if self.single else np.arange(self.frames)
         return read_clip(episode, start, cameras, predicted, self.size)
 
 
-def read_clip(episode, start, cameras, predicted, size):
-    """One clip of a packed episode: see Clips for what is returned.
+# ------------------------------------ packed episodes
+# A folder named after the recording: rgb.npy (R,T,H,W,3) uint8, depth.npy (R,T,H,W) uint16 mm (0: nothing measured),
+# label.npy (R,T,H,W) uint8, cameras.npz, robot.npz and episode.json (task, source, rate_hz, arms, labelled, ...).
 
-    start: raw frame of the observation; cameras: V camera numbers, the reference first; predicted: which of the frames
-    0, 1, ... after the observation, at 2 Hz.
-    """
-    stride = max(1, round(episode.rate_hz / CLIP_HZ))
-    times = np.concatenate([[start], start + stride * (np.asarray(predicted) + 1)])              # (F,)
-    old_size = episode.rgb.shape[2:4]
-    intrinsics = scale_intrinsics(episode.intrinsics[cameras], old_size, size)                   # (V, 3, 3)
-    ref_in_world = episode.cam_in_world[cameras[0], start]
-    world_in_ref = invert(ref_in_world)
-    view_in_ref = world_in_ref @ episode.cam_in_world[cameras][:, times]                         # (V, F, 4, 4)
+class Episode(SimpleNamespace):
+    """A packed episode: size (H, W), cameras R, frames T, rgb, depth, label, intrinsics (R,3,3), cam_in_world
+    (R,T,4,4), gripper_in_world (T,A,4,4), gripper_opening (T,A), gripper_labels (A,), rate_hz, stride, labelled, info,
+    folder. Pictures are mapped only while they are read, so that any number of episodes can be open."""
+    rgb = property(lambda self: self.map("rgb"))
+    depth = property(lambda self: self.map("depth"))
+    label = property(lambda self: self.map("label"))
 
-    rgb = np.stack([resize(episode.rgb[c, times], size, "rgb") for c in cameras])                # (V, F, H, W, 3)
-    depth = np.stack([resize(episode.depth[c, times], size, "depth") for c in cameras]) / np.float32(1000)
-    label = np.stack([resize(episode.label[c, times], size, "label") for c in cameras])          # (V, F, H, W)
-    own, valid = point_maps(depth, intrinsics[:, None].astype(np.float32))                       # (V, F, H, W, 3)
-    points = transform(own, view_in_ref.astype(np.float32))
-    grippers = [RIGHT_GRIPPER, LEFT_GRIPPER][:episode.gripper_in_world.shape[1]]
-
-    channels_first = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, -3)))
-    return dict(
-        rgb=channels_first(rgb).float() / 127.5 - 1,
-        points=normalize_points(channels_first(points)),
-        valid=torch.from_numpy(valid),
-        gripper=torch.from_numpy(label[..., None] == np.array(grippers)),
-        own_points=normalize_points(channels_first(own[:, 0])),
-        frame_index=torch.as_tensor(predicted),
-        intrinsics=torch.from_numpy(intrinsics).float(),
-        view_in_ref=torch.from_numpy(view_in_ref[:, 0]).float(),
-        gripper_in_ref=torch.from_numpy(world_in_ref @ episode.gripper_in_world[times]).float(),
-        opening=torch.from_numpy(episode.gripper_opening[times]).float(),
-        name=f"{episode.folder.name} t{start} cameras {'-'.join(str(c + 1) for c in cameras)}",
-    )
+    def map(self, name):
+        path = f"{self.folder}/{name}.npy"
+        with reading(path), open(path, "rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        shape, dtype, offset = self.arrays[name]
+        return np.ndarray(shape, dtype, content, offset)
 
 
-# ------------------------------------------------------------------------------------------------------- renderer
+def size_text(size):
+    return f"{size[0]}x{size[1]}"
+
+
+def load_episode(folder):
+    folder, hint = Path(folder), "delete its folder and run data.py again"
+    info, arrays = read_json(folder / "episode.json", hint), {}
+    for name in ("rgb", "depth", "label"):
+        with reading(folder / f"{name}.npy", hint):
+            array = np.load(folder / f"{name}.npy", mmap_mode="r")
+            arrays[name] = array.shape, array.dtype, array.offset
+    cameras, robot = read_npz(folder / "cameras.npz", hint), read_npz(folder / "robot.npz", hint)
+    try:
+        (R, T, H, W, _), cam_in_world = arrays["rgb"][0], cameras["cam_in_world"]
+        if (arrays["depth"][0], arrays["label"][0], len(robot["gripper_opening"])) != ((R, T, H, W), (R, T, H, W), T):
+            raise ValueError
+        cam_in_world = np.broadcast_to(cam_in_world if cam_in_world.ndim == 4 else cam_in_world[:, None], (R, T, 4, 4))
+        return Episode(
+            folder=folder, info=info, arrays=arrays, size=(H, W), cameras=R, frames=T, cam_in_world=cam_in_world,
+            intrinsics=cameras["intrinsics"], gripper_in_world=robot["gripper_in_world"],
+            gripper_opening=robot["gripper_opening"], labelled=info.get("labelled", True),
+            gripper_labels=[1 + ARMS.index(arm) for arm in info.get("arms", ARMS[:robot["gripper_opening"].shape[1]])],
+            rate_hz=info["rate_hz"], stride=clip_stride(info["rate_hz"], folder))
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise ValueError(f"the files of {folder} do not belong together: {hint}") from None
+
+
+def packed_folders(folder):
+    return sorted(path.parent for path in Path(folder).glob("*/episode.json") if path.parent.suffix != ".partial")
+
+
+def episode_folders(folder):
+    """The packed episodes in a folder, in order of their names."""
+    if not (found := packed_folders(folder)):
+        raise ValueError(f"no packed episodes in {folder}: run python data.py --task N --out {folder}")
+    return found
+
+
+def save_episode(folder, rgb, depth, label, intrinsics, cam_in_world, gripper_in_world, gripper_opening, info):
+    """Write one packed episode: its folder appears when it is complete, never in place of another."""
+    folder = Path(folder)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        for left_by_a_killed_process in folder.parent.glob(folder.name + ".*.partial"):
+            shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, array in (("rgb", rgb), ("depth", depth), ("label", label)):
+            np.save(partial / f"{name}.npy", array)
+        np.savez(partial / "cameras.npz", intrinsics=intrinsics, cam_in_world=cam_in_world)
+        np.savez(partial / "robot.npz", gripper_in_world=gripper_in_world, gripper_opening=gripper_opening)
+        write_json(partial / "episode.json", info)
+        os.rename(partial, folder)
+    except OSError as error:
+        raise ValueError(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def packed_already(out, task, source, size):
+    """{folder name: episode.json} of what `out` holds. Another source, task or size is refused."""
+    packed = [load_episode(path) for path in packed_folders(out)]
+    for episode in packed:
+        there = f"{episode.info['source']}, task {episode.info['task']}, {size_text(episode.size)}"
+        if there != (asked := f"{source}, task {task}, {size_text(size)}"):
+            raise ValueError(f"{episode.folder} is {there}, not {asked}: one folder holds one kind, give another --out")
+    return {episode.folder.name: episode.info for episode in packed}
+
+
+# ------------------------------------ recorded episodes, the public layout
+# Each episode is a folder, `<session>/diffusion_spartan/episode_K/processed` or any other, that holds
+#   observations.npz  NAME (T,H,W,3) uint8 and NAME_depth (T,H,W), integer mm or floating-point m along z, of two or
+#                     more cameras of any NAME; optionally NAME_label (T,H,W) int, of all or none; of one or both arms:
+#                     robot__actual__poses__right::panda__xyz (T,3) m and .._rot_6d (T,6), the first two rows of the
+#                     rotation of the hand in the world; robot__actual__grippers__right::panda_hand (T,1) m, its opening
+#   intrinsics.npz    NAME (3,3) in pixels of that picture
+#   extrinsics.npz    NAME (T,4,4) or (4,4), camera to world
+#   metadata.yaml     optional: rate_hz [10]; label_names, {id: name}, where names begin with right_hand, right_finger,
+#                     left_hand, left_finger or TASKS's object [the public ids]
+
+def natural(name):
+    """A key to sort by: episode_2 before episode_10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
+
+
+def packed_name(folder):
+    """session_episode of a recording's folder."""
+    parts = [part for part in Path(folder).parts if part not in ("processed", "diffusion_spartan")]
+    return re.sub(r"[^\w.+-]+", "_", "_".join(parts[-2:])).lstrip(".")
+
+
+def find_recorded(source, task):
+    """{name when packed: folder} of a task's recordings."""
+    if not Path(source).is_dir():
+        raise ValueError(f"--source {source}: no such folder (or say synthetic, or hub)")
+    files = [*Path(source).rglob("processed/observations.npz")] or [*Path(source).rglob("observations.npz")]
+    others, found = {t.folder for number, t in TASKS.items() if number != task}, {}
+    for folder in sorted((file.resolve().parent for file in files), key=natural):
+        if not others & set(folder.parts):
+            if (name := packed_name(folder)) in found:
+                raise ValueError(f"{found[name]} and {folder} would both be packed as {name}: rename one of them")
+            found[name] = folder
+    if not found:
+        raise ValueError(f"{source} holds no observations.npz of task {task}, see data.py for the layout")
+    return found
+
+
+def read_metadata(path, task):
+    """rate_hz and {packed label: recorded ids} of a recording."""
+    rate_hz, ids = 10, PUBLIC_GRIPPER_IDS | {OBJECT: TASKS[task].object_ids}
+    if path.exists():
+        try:
+            metadata = yaml.safe_load(path.read_text())
+            rate_hz = float(metadata.get("rate_hz", rate_hz))
+            if names := metadata.get("label_names"):
+                starts = ("right_hand", "right_finger"), ("left_hand", "left_finger"), TASKS[task].object
+                ids = {1 + k: [int(i) for i in names if names[i].startswith(s)] for k, s in enumerate(starts)}
+        except (OSError, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
+    return rate_hz, ids
+
+
+def read_recorded(path, key, *shapes, kind=None, size=(None, None)):
+    """The array `key` of an npz file, if it has one of `shapes` (None: any length) and fits its kind."""
+    arrays = read_npz(path, keys=[key])
+    if key not in arrays:
+        raise ValueError(f"{path} has no array '{key}'")
+    got = arrays[key].shape
+    if not any(len(got) == len(shape) and all(want in (None, n) for want, n in zip(shape, got)) for shape in shapes):
+        expected = " or ".join(map(str, shapes)).replace("None", "any")
+        raise ValueError(f"{path}: '{key}' has shape {got}, expected {expected}")
+    return canonical(arrays[key], kind, f"{path}: '{key}'", size) if kind else arrays[key]
+
+
+def pack_recorded(folder, out, task, size, source="recorded"):
+    file, intrinsics_file, extrinsics_file = (Path(folder) / name for name in HUB_FILES[:3])
+    rate_hz, label_ids = read_metadata(Path(folder) / "metadata.yaml", task)
+    clip_stride(rate_hz, folder)
+    with reading(file), np.load(file) as arrays:
+        keys = arrays.files
+    names = sorted((key for key in keys if key + "_depth" in keys or key + "_label" in keys), key=natural)
+    if len(names) < 2:
+        raise ValueError(f"{file} has {len(names)} cameras (NAME and NAME_depth), two are needed")
+    labelled = any(name + "_label" in keys for name in names)
+
+    cameras, frames = [], None
+    for name in names:
+        rgb = read_recorded(file, name, (frames, None, None, 3), kind="rgb")
+        frames, *old_size = shape = rgb.shape[:3]
+        depth = read_recorded(file, name + "_depth", shape, kind="depth")                        # m
+        label = np.zeros(shape, np.uint8)
+        if labelled:
+            recorded = read_recorded(file, name + "_label", shape)
+            for number, ids in label_ids.items():
+                label[np.isin(recorded, ids)] = number
+        K = read_recorded(intrinsics_file, name, (3, 3), kind="intrinsics", size=old_size)
+        cam_in_world = read_recorded(extrinsics_file, name, (frames, 4, 4), (4, 4), kind="pose")
+        mm = np.where(depth < 65, np.rint(depth * 1000), 0).astype(np.uint16)
+        cameras.append((resize(rgb, size, "rgb"), resize(mm, size, "depth"), resize(label, size, "label"),
+                        scale_intrinsics(K, old_size, size), np.broadcast_to(cam_in_world, (frames, 4, 4))))
+
+    key = "robot__actual__{}__{}::panda_{}".format             # the desired poses run ahead of the hand
+    arms = [arm for arm in ARMS if key("poses", arm, "_xyz") in keys] or [ARMS[0]]
+    gripper_in_world, opening = [], []
+    for arm in arms:
+        xyz = read_recorded(file, key("poses", arm, "_xyz"), (frames, 3))
+        rot_6d = read_recorded(file, key("poses", arm, "_rot_6d"), (frames, 6))
+        gripper_in_world.append(canonical(pose(xyz, rotation_from_6d(rot_6d)), "pose", f"{file}: "
+                                          f"'{key('poses', arm, '_xyz')}' with '.._rot_6d'"))
+        opening.append(read_recorded(file, key("grippers", arm, "hand"), (frames, 1), kind="opening")[:, 0])
+    info = dict(task=task, source=source, rate_hz=rate_hz, arms=arms, labelled=labelled, cameras=names)
+    save_episode(out, *(np.stack(arrays) for arrays in zip(*cameras)), np.stack(gripper_in_world, 1),
+                 np.stack(opening, 1), info)
+
+
+def pack_folder(source, task, out, size, episodes=None):
+    """Pack the recorded episodes of a task under `source` that `out` has not yet. Returns the new names."""
+    found, packed, new = find_recorded(source, task), packed_already(out, task, "recorded", size), []
+    for name, folder in tqdm(list(found.items())[:episodes], desc=f"packing {source}", unit="episode"):
+        if name not in packed:
+            pack_recorded(folder, Path(out) / name, task, size)
+            new.append(name)
+    return new
+
+
+def report(folder, brief=False):
+    """Print a line for a packed episode and one for each camera; `brief`: for doubtful cameras only."""
+    episode = load_episode(folder)
+    print(f"{folder}: {episode.cameras} cameras at {size_text(episode.size)}, {episode.frames} frames at "
+          f"{episode.rate_hz:g} Hz, {len(moving_starts(episode))} moving clips; arms: "
+          f"{', '.join(episode.info['arms'])}; {'' if episode.labelled else 'not '}labelled")
+    points, valid = point_maps(episode.depth[:, 0] / 1000, episode.intrinsics)
+    clouds = [moved[v] for moved, v in zip(transform(points, episode.cam_in_world[:, 0]), valid)]
+    for c, name in enumerate(episode.info["cameras"]):
+        depth, others = episode.depth[c] / 1000, np.concatenate(clouds[:c] + clouds[c + 1:])
+        measured = depth[(depth > 0) & (depth <= FAR)]
+        near, far = np.quantile(measured, (0.01, 0.99)) if measured.size else (np.nan, np.nan)
+        some = clouds[c][::1 + len(clouds[c]) // 4000]
+        apart = 1000 * np.median(cKDTree(others).query(some)[0]) if len(some) and len(others) else np.nan
+        doubt = "" if apart < 30 else "  <- check its extrinsics, intrinsics and depth unit"
+        if doubt or not brief:
+            print(f"  camera {c + 1:2d} {name:10} depth {near:.2f} to {far:.2f} m in {measured.size / depth.size:4.0%} "
+                  f"of the pixels, cloud {apart:.0f} mm from the others'{doubt}")
+
+
+HUB_DATASET = "Zeyi/4dgen-dataset"
+HUB_FILES = ("observations.npz", "intrinsics.npz", "extrinsics.npz", "metadata.yaml")
+
+
+@contextlib.contextmanager
+def asking_the_hub():
+    try:
+        yield
+    except Exception as error:      # the client has a dozen types for "no", "not now" and "not you"
+        raise ValueError(f"cannot read huggingface.co/datasets/{HUB_DATASET} ({type(error).__name__}): check the "
+                         "network, accept its terms and run `hf auth login`, or pass --source FOLDER") from None
+
+
+def download_episodes(task, out, size, episodes=None, keep_raw=False):
+    """Download and pack the first `episodes` public episodes of a task that `out` has not yet. Returns the new names.
+    With keep_raw the downloads stay in OUT/raw; without, each is deleted once it is packed."""
+    import huggingface_hub as hub
+    out, packed, new, found = Path(out), packed_already(out, task, "hub", size), [], {}
+    with asking_the_hub():
+        for entry in hub.HfApi().list_repo_tree(HUB_DATASET, TASKS[task].folder, recursive=True, repo_type="dataset"):
+            folder, _, name = entry.path.rpartition("/")
+            if folder.endswith("/processed") and name in HUB_FILES:
+                found.setdefault(folder, {})[name] = entry.size
+    whole = [folder for folder in sorted(found, key=natural) if found[folder].keys() >= set(HUB_FILES[:3])]
+    if not whole:
+        raise ValueError(f"{HUB_DATASET} lists no whole episode under {TASKS[task].folder}")
+    todo = [folder for folder in whole[:episodes] if packed_name(folder) not in packed]
+    size_gb = sum(sum(found[folder].values()) for folder in todo) / 1e9
+    print(f"{HUB_DATASET}, task {task}: {len(whole)} episodes, {len(packed)} packed here; {len(todo)} to download, "
+          f"{size_gb:.2f} GB")
+    raw = out / ("raw" if keep_raw else "raw.partial")
+    for folder in tqdm(todo, desc="download and pack", unit="episode"):
+        with asking_the_hub():
+            for name in found[folder]:
+                hub.hf_hub_download(HUB_DATASET, f"{folder}/{name}", repo_type="dataset", local_dir=raw)
+        new.append(packed_name(folder))
+        pack_recorded(raw / folder, out / new[-1], task, size, "hub")
+        if not keep_raw:
+            shutil.rmtree(raw)
+    return new
+
+
+# ------------------------------------ renderer
 
 def look_at(position, target):
-    """cam_in_world (4,4) of a camera at `position` that looks at `target`, upright (world z up)."""
+    """cam_in_world (4,4) of a camera at `position` that looks at `target`, upright."""
     z = np.asarray(target, float) - position
     z /= np.linalg.norm(z)
-    x = np.cross(z, (0, 0, 1))
+    x = np.cross(z, UP)
     x /= np.linalg.norm(x)
-    cam_in_world = np.eye(4)
-    cam_in_world[:3] = np.stack([x, np.cross(z, x), z, position], 1)
-    return cam_in_world
+    return pose(position, np.stack([x, np.cross(z, x), z], 1))
 
 
 def ranges(first, count):
-    """first (n,), count (n,) -> owner, value: entry i stands count[i] times, with values first[i], first[i] + 1, ..."""
+    """first (n,), count (n,) -> owner, value: i stands count[i] times, beside first[i], first[i] + 1, ..."""
     owner = np.repeat(np.arange(len(count)), count)
-    value = np.arange(len(owner)) + np.repeat(first - (np.cumsum(count) - count), count)
-    return owner, value
+    return owner, np.arange(len(owner)) + np.repeat(first - (np.cumsum(count) - count), count)
 
 
 def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01, cull=False):
-    """One triangle mesh as K pinhole cameras see it: the depth of the nearest surface, and which face it is.
+    """A mesh in K pictures: depth (K,H,W) float32 m of the nearest surface (0: none), its face (K,H,W) (-1).
 
-    vertices_in_cam (K,N,3) metres, OpenCV camera axes; faces (M,3) vertex numbers; intrinsics (K,3,3) or (3,3) pixels.
-    Returns depth (K,H,W) float32, z in metres, 0 where there is nothing, and face (K,H,W) int32, -1 where there is
-    nothing. Integer pixel coordinates are pixel centres. What is nearer than `near` is cut away. Both sides of a face
-    are drawn; with `cull` only the side from which its corners run counter-clockwise: enough, and faster, for closed
-    meshes.
+    vertices_in_cam (K,N,3), faces (M,3), intrinsics (K,3,3) or (3,3). What is nearer than `near` is cut away. `cull`
+    leaves out faces whose corners run clockwise, the insides of closed meshes.
 
-    Let the corners of a face be v_i, and Q the matrix with the columns q_i = K v_i. The ray of pixel p = (x, y, 1)
-    meets the face's plane at sum_i w_i v_i / sum_i w_i with w = Q^-1 p; the point is on the face, in front of the
-    camera, where all w_i >= 0, and there 1/z = sum_i w_i. All of it is linear in x and y, and no vertex is divided by
-    its z, so that faces reaching behind the camera need no clipping (Olano and Greer 1997, "Triangle scan conversion
-    using 2D homogeneous coordinates").
+    With the corners' q_i = intrinsics v_i as columns of Q, the ray of pixel p = (x, y, 1) meets the face where all of
+    w = Q^-1 p are >= 0, at 1/z = sum_i w_i: linear in x and y, and no vertex is divided by its z, so that faces that
+    reach behind the camera need no clipping (Olano and Greer 1997).
     """
     vertices_in_cam, faces = np.asarray(vertices_in_cam, float), np.asarray(faces)
     K, pixels = len(vertices_in_cam), height * width
-    intrinsics = np.broadcast_to(np.asarray(intrinsics, float), (K, 3, 3))
-    group = max(1, 2**20 // pixels)                      # cameras at a time, so that memory does not grow with K
-    if K > group:
-        parts = [rasterize(vertices_in_cam[i:i + group], faces, intrinsics[i:i + group], height, width, near, cull)
-                 for i in range(0, K, group)]
-        return tuple(np.concatenate(part) for part in zip(*parts))
-
-    # 1. The pixel box of every face in every camera. Most faces of a fine mesh end here, between pixel centres.
-    q = np.moveaxis(vertices_in_cam @ intrinsics.mT, -1, 0)                     # (3,K,N), the last one is z
+    # 1. The pixel box of every face in every picture. Most faces of a fine mesh end here.
+    q = np.moveaxis(vertices_in_cam @ np.asarray(intrinsics, float).mT, -1, 0)  # (3,K,N), the last one is z
     in_front = q[2] > near
     xy = q[:2] / np.where(in_front, q[2], 1)
-    low, high = np.where(in_front, xy, -np.inf), np.where(in_front, xy, np.inf)  # a corner behind: no bound
-    a, b, c = faces.T
-    low = np.minimum(np.minimum(low[..., a], low[..., b]), low[..., c])         # (2,K,M)
-    high = np.maximum(np.maximum(high[..., a], high[..., b]), high[..., c])
+    low = np.where(in_front, xy, -np.inf)[..., faces].min(-1)                   # (2,K,M); a corner behind: no bound
+    high = np.where(in_front, xy, np.inf)[..., faces].max(-1)
     low = np.ceil(low.clip(0, 2**30))
     high = np.floor(np.minimum(high, np.array([width - 1, height - 1])[:, None, None]))
-    any_in_front = in_front[:, a] | in_front[:, b] | in_front[:, c]
-    view, face = np.nonzero((low[0] <= high[0]) & (low[1] <= high[1]) & any_in_front)
+    view, face = np.nonzero((low <= high).all(0) & in_front[:, faces].any(-1))
     low, high = low[:, view, face].astype(int), high[:, view, face].astype(int)  # (2,n)
 
     # 2. Four lines per face, as functions of (x, y, 1) that are >= 0 inside: its three edges, and z >= near.
     cross = lambda a, b: np.stack([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
-    q0, q1, q2 = (q[:, view, corner[face]] for corner in (a, b, c))             # (3,n)
-    w = np.stack([cross(q1, q2), cross(q2, q0), cross(q0, q1)])                 # (3,3,n)
-    det = (w[0] * q0).sum(0)                                                    # < 0: seen from its outside
-    visible = np.flatnonzero(det < -1e-12 if cull else np.abs(det) > 1e-12)     # a face seen edge-on covers nothing
+    q0, q1, q2 = (q[:, view, corner[face]] for corner in faces.T)  # (3,n)
+    w = np.stack([cross(q1, q2), cross(q2, q0), cross(q0, q1)])  # (3,3,n)
+    det = (w[0] * q0).sum(0)  # < 0: seen from its outside
+    visible = np.flatnonzero(det < -1e-12 if cull else np.abs(det) > 1e-12)  # a face seen edge-on covers nothing
     view, face, low, high = view[visible], face[visible], low[:, visible], high[:, visible]
-    w = w[..., visible] / det[visible]                                          # (3,3,n), the rows of Q^-1
-    inverse_z = w.sum(0)                                                        # (3,n)
+    w = w[..., visible] / det[visible]  # (3,3,n), the rows of Q^-1
+    inverse_z = w.sum(0)  # (3,n)
     lines = np.concatenate([w, (np.array([[0], [0], [1 / near]]) - inverse_z)[None]])  # (4,3,n)
 
     # 3. The span of pixels, start to stop, in every row of every face.
     tri, y = ranges(low[1], high[1] - low[1] + 1)
-    slope, offset = lines[:, 0, tri], lines[:, 1, tri] * y + lines[:, 2, tri]   # (4,rows)
+    slope, offset = lines[:, 0, tri], lines[:, 1, tri] * y + lines[:, 2, tri]  # (4,rows)
     with np.errstate(divide="ignore", invalid="ignore"):
         root = -offset / slope
     left = np.where(slope > 0, root, np.where((slope == 0) & (offset < 0), np.inf, -np.inf)).max(0)
     right = np.where(slope < 0, root, np.inf).min(0)
-    # The 1e-6 of a pixel lets both neighbours own a pixel centre on their common edge: rounding opens no crack.
+    # 1e-6: both neighbours own a pixel centre on their common edge, so that rounding opens no crack.
     start = np.ceil(np.clip(left - 1e-6, low[0, tri], width)).astype(int)
     stop = np.floor(np.clip(right + 1e-6, -1, high[0, tri])).astype(int)
     row, x = ranges(start, (stop - start + 1).clip(0))
 
-    # 4. The z-buffer: the largest 1/z wins. The bits of positive floats sort as the floats do, so that the maximum of
-    # one integer made of (bits of 1/z, face) keeps both the depth and the face.
+    # 4. The z-buffer: the largest 1/z wins, as the maximum of integers (bits of 1/z, face); bits sort as floats do.
     fragment = (inverse_z[1, tri] * y + inverse_z[2, tri])[row] + inverse_z[0, tri][row] * x
     key = fragment.astype(np.float32).view(np.int32).astype(np.int64) << 32 | face[tri][row]
     buffer = np.zeros(K * pixels, np.int64)
@@ -540,172 +854,115 @@ def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01, cull
     return depth.reshape(K, height, width), face.reshape(K, height, width)
 
 
-def load_mesh(path):
-    """An OBJ or STL (binary or ascii) file -> vertices (N,3) float64 in the file's unit, faces (M,3) int64.
-
-    Polygons become fans of triangles. Raises ValueError, one line, for a file that is not such a mesh.
-    """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-        if path.suffix.lower() == ".obj":
-            words = [line.split() for line in data.decode().splitlines()]
-            vertices = [[float(v) for v in w[1:4]] for w in words if w[:1] == ["v"]]
-            polygons = [[int(v.split("/")[0]) for v in w[1:]] for w in words if w[:1] == ["f"]]
-            faces = np.array([(f[0], f[i], f[i + 1]) for f in polygons for i in range(1, len(f) - 1)],
-                             int).reshape(-1, 3)
-            faces = np.where(faces > 0, faces - 1, faces + len(vertices))       # counted from 1, or back from the end
-        elif path.suffix.lower() == ".stl":
-            count = int.from_bytes(data[80:84], "little")
-            if len(data) == 84 + 50 * count:                                    # binary: 12 floats and 2 bytes a face
-                record = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
-                corners = np.frombuffer(data, record, count, 84)["corners"].reshape(-1, 3)
-            else:
-                words = [line.split() for line in data.decode().splitlines()]
-                corners = np.array([[float(v) for v in w[1:4]] for w in words if w[:1] == ["vertex"]]).reshape(-1, 3)
-            vertices, faces = np.unique(corners, axis=0, return_inverse=True)   # each face repeats its corners
-            faces = faces.reshape(-1, 3)
-        else:
-            raise ValueError("its name must end in .obj or .stl")
-        vertices = np.array(vertices, float).reshape(-1, 3)
-        if not len(faces) or not np.isfinite(vertices).all() or faces.min() < 0 or faces.max() >= len(vertices):
-            raise ValueError("it has no triangles, or corners that do not exist")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such mesh file") from None
-    except (ValueError, IndexError, OSError) as error:
-        raise ValueError(f"{path} is no readable OBJ or STL mesh: {str(error).splitlines()[0]}") from None
-    return vertices, faces.astype(np.int64)
-
-
 LAMP_PIXELS = 512           # on a side of the lamp's own picture of the world, which tells what it lights
 LAMP_TARGET = 0.05, 0, 0    # where it looks, in the world
-LAMP_INTRINSICS = np.array([[0.75 * LAMP_PIXELS, 0, LAMP_PIXELS / 2],
-                            [0, 0.75 * LAMP_PIXELS, LAMP_PIXELS / 2],
-                            [0, 0, 1]])
+LAMP_FOCAL, LAMP_CENTRE = 0.75 * LAMP_PIXELS, LAMP_PIXELS / 2
 
-
-def assemble(bodies, body_in_world):
-    """All bodies as one mesh in the world: vertices (N,3), faces (M,3), normals (M,3), each face's body number (M,)."""
-    vertices = [transform(body.mesh[0], pose) for body, pose in zip(bodies, body_in_world)]
-    starts = np.cumsum([0] + [len(v) for v in vertices])
-    vertices, faces = np.concatenate(vertices), np.concatenate([b.mesh[1] + start for b, start in zip(bodies, starts)])
-    a, b, c = np.moveaxis(vertices[faces], 1, 0)
-    normals = np.cross(b - a, c - a)
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
-    return vertices, faces, normals, np.repeat(np.arange(len(bodies)), [len(body.mesh[1]) for body in bodies])
-
-
-def lamp_depth(mesh, lamp):
-    """How far the light of a lamp at `lamp` (3,) gets through each of its pixels, (LAMP_PIXELS, LAMP_PIXELS) metres."""
-    vertices_in_lamp = transform(mesh[0], invert(look_at(lamp, LAMP_TARGET)))
-    depth = rasterize(vertices_in_lamp[None], mesh[1], LAMP_INTRINSICS, LAMP_PIXELS, LAMP_PIXELS, cull=True)[0][0]
-    return np.where(depth > 0, depth, np.inf)
-
-
-def draw_bodies(bodies, body_in_world, mesh, intrinsics, cam_in_world, size, lamp, behind=None):
-    """What one camera sees of the bodies, before shadows fall on it. mesh: they, assembled. `behind`: such a picture,
-    which they are drawn into.
-
-    Returns a dict of flat arrays, one entry a pixel: depth, label, normal, color, the light of the sky, the light of
-    the lamp if it reaches the point, and where the lamp would see the point: lamp_pixel and lamp_z.
-    """
-    H, W = size
-    picture = {name: array.copy() for name, array in behind.items()} if behind else dict(
-        depth=np.full(H * W, np.inf, np.float32), label=np.full(H * W, OTHER, np.uint8),
-        normal=np.zeros((H * W, 3), np.float32), color=np.zeros((H * W, 3), np.float32), sky=np.ones(H * W, np.float32),
-        sun=np.zeros(H * W, np.float32), lamp_pixel=np.zeros(H * W, int), lamp_z=np.zeros(H * W, np.float32))
-    vertices, faces, normals, body_of_face = mesh
-    depth, face = rasterize(transform(vertices, invert(cam_in_world))[None], faces, intrinsics, H, W, cull=True)
-    depth, face = depth.ravel(), face.ravel()
-    mine = np.flatnonzero((face >= 0) & (depth < picture["depth"]))             # (P,) pixels where a body is in front
-    depth, face = depth[mine], face[mine]
-
-    single = lambda x: np.asarray(x, np.float32)
-    dot = lambda a, b: np.einsum("pi,pi->p", a, b)
-    pixels = single(np.stack([mine % W, mine // W, np.ones(len(mine))], 1))
-    rays = pixels @ single(cam_in_world[:3, :3] @ np.linalg.inv(intrinsics)).T
-    points = single(cam_in_world[:3, 3]) + rays * depth[:, None]                # (P,3) in the world
-    normal = single(normals)[face]                                              # (P,3)
-    to_lamp = single(lamp) - points
-    cosine = dot(normal, to_lamp) / np.sqrt(dot(to_lamp, to_lamp))
-
-    # Points are moved off their surface by 6 mm, or it would shade itself: a pixel of the lamp is as large as that.
-    in_lamp = transform(points + 0.006 * normal, single(invert(look_at(lamp, LAMP_TARGET))))
-    x, y = (in_lamp[:, :2] / in_lamp[:, 2:] * LAMP_INTRINSICS[0, 0] + LAMP_INTRINSICS[0, 2] + 0.5).T
-    in_view = (x >= 0) & (x < LAMP_PIXELS) & (y >= 0) & (y < LAMP_PIXELS)
-
-    color, body = np.zeros_like(points), body_of_face[face]
-    for i in np.flatnonzero(np.bincount(body)):
-        of_body = np.flatnonzero(body == i)
-        rotation, position = single(body_in_world[i][:3, :3]), single(body_in_world[i][:3, 3])
-        color[of_body] = bodies[i].paint((points[of_body] - position) @ rotation, normal[of_body] @ rotation)
-
-    seen = dict(depth=depth, label=np.array([body.label for body in bodies], np.uint8)[body],
-                normal=normal, color=color, sky=0.42 + 0.13 * normal[:, 2], sun=0.55 * cosine.clip(0),
-                lamp_z=np.where(in_view, in_lamp[:, 2], 0),
-                lamp_pixel=np.where(in_view, y, 0).astype(int) * LAMP_PIXELS + np.where(in_view, x, 0).astype(int))
-    for name, values in seen.items():
-        picture[name][mine] = values
-    return picture
-
-
-def render(bodies, body_in_world, intrinsics, cam_in_world, size, lamp=(-0.5, -0.7, 1.9), samples=1, still=None):
-    """Pictures of rigid painted bodies (see Body) from K cameras.
-
-    body_in_world (N,4,4), intrinsics (K,3,3) pixels of size (H, W), cam_in_world (K,4,4), lamp (3,) in the world.
-    Returns rgb (K,H,W,3) uint8, depth (K,H,W) float32 z in metres (0: nothing there), label (K,H,W) uint8, normal
-    (K,H,W,3) float32 in the world. `samples` (odd) rays a pixel and axis smooth the colours; depth, label and normal
-    are those of the pixel's centre. Bodies are closed: only their outsides are drawn. Light: a sky that is brighter
-    than the ground, and a lamp with Lambert's cosine and hard shadows. `still`: what `backdrop` made of further bodies,
-    which do not move, for the same cameras, size, lamp and samples.
-    """
-    H, W = fine = size[0] * samples, size[1] * samples
-    mesh = assemble(bodies, body_in_world)
-    pictures, light_reach = still or ([None] * len(cam_in_world), np.inf)
-    light_reach = np.minimum(lamp_depth(mesh, lamp), light_reach).ravel()
-    centre = np.s_[samples // 2::samples, samples // 2::samples]                # middle sample: the pixel's centre
-    shots = []
-    for K, camera, behind in zip(scale_intrinsics(intrinsics, size, fine), cam_in_world, pictures):
-        seen = draw_bodies(bodies, body_in_world, mesh, K, camera, fine, lamp, behind)
-        lit = seen["lamp_z"] < light_reach[seen["lamp_pixel"]]
-        rgb = seen["color"] * (seen["sky"] + seen["sun"] * lit)[:, None]
-        rgb = np.minimum(rgb, 1).reshape(H, W, 3)
-        rgb = sum(rgb[i::samples] for i in range(samples))
-        rgb = sum(rgb[:, i::samples] for i in range(samples)) / samples**2
-        depth = seen["depth"].reshape(H, W)[centre]
-        shots.append(((rgb * 255).round().astype(np.uint8), np.where(np.isinf(depth), 0, depth),
-                      seen["label"].reshape(H, W)[centre], seen["normal"].reshape(H, W, 3)[centre]))
-    return tuple(np.stack(images) for images in zip(*shots))
-
-
-def backdrop(bodies, body_in_world, intrinsics, cam_in_world, size, lamp, samples=1):
-    """The part of `render` that bodies which never move need only once: their pictures and their shadows."""
-    fine, mesh = (size[0] * samples, size[1] * samples), assemble(bodies, body_in_world)
-    pictures = [draw_bodies(bodies, body_in_world, mesh, K, camera, fine, lamp)
-                for K, camera in zip(scale_intrinsics(intrinsics, size, fine), cam_in_world)]
-    return pictures, lamp_depth(mesh, lamp)
-
-
-# ------------------------------------------------------------------------------------------------ meshes and paint
 
 @dataclass(frozen=True)
 class Body:
-    """A rigid piece of the world."""
-    mesh: tuple             # vertices (N,3) metres in the body's own frame, faces (M,3)
-    paint: object           # points (P,3) and normals (P,3) in the body's frame -> colours (P,3) in 0..1
+    mesh: tuple             # vertices (N,3) in the body's own frame, faces (M,3)
+    paint: object           # points (P,3) and normals (P,3) in that frame -> colours (P,3) in 0..1
     label: int = OTHER
 
 
+def draw_bodies(bodies, body_in_world, intrinsics, cam_in_world, size, lamp, samples, behind=None):
+    """What K cameras see of bodies, before shadows fall, and how far the light gets through each pixel of the lamp.
+
+    behind: the same of other bodies, which may hide these. A picture is a dict of flat arrays: depth, label, color,
+    light of the sky and of the lamp (sun), and where the lamp sees the point: lamp_pixel, lamp_z.
+    """
+    H, W = fine = size[0] * samples, size[1] * samples
+    single = lambda x: np.asarray(x, np.float32)
+    vertices, faces = merge(*((transform(body.mesh[0], at), body.mesh[1]) for body, at in zip(bodies, body_in_world)))
+    body_of_face = np.repeat(np.arange(len(bodies)), [len(body.mesh[1]) for body in bodies])
+    a, b, c = np.moveaxis(vertices[faces], 1, 0)
+    normals = np.cross(b - a, c - a)
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
+
+    world_in_lamp = invert(look_at(lamp, LAMP_TARGET))
+    lens = np.array([[LAMP_FOCAL, 0, LAMP_CENTRE], [0, LAMP_FOCAL, LAMP_CENTRE], [0, 0, 1]])
+    reach = rasterize(transform(vertices, world_in_lamp)[None], faces, lens, LAMP_PIXELS, LAMP_PIXELS, cull=True)[0]
+    pictures, reach = [], np.where(reach > 0, reach, np.inf).ravel()
+    for k, (K, camera) in enumerate(zip(scale_intrinsics(intrinsics, size, fine), cam_in_world)):
+        empty = lambda: np.zeros(H * W, np.float32)
+        picture = {name: array.copy() for name, array in behind[0][k].items()} if behind else dict(
+            depth=empty() + np.float32(np.inf), label=np.zeros(H * W, np.uint8), color=np.zeros((H * W, 3), np.float32),
+            sky=empty(), sun=empty(), lamp_z=empty(), lamp_pixel=np.zeros(H * W, int))
+        in_camera = transform(vertices, invert(camera))[None]
+        depth, face = (x.ravel() for x in rasterize(in_camera, faces, K, H, W, cull=True))
+        mine = np.flatnonzero((face >= 0) & (depth < picture["depth"]))  # (P,) pixels
+        depth, face = depth[mine], face[mine]
+        pixels = single(np.stack([mine % W, mine // W, np.ones(len(mine))], 1))
+        rays = pixels @ single(camera[:3, :3] @ np.linalg.inv(K)).T
+        points = single(camera[:3, 3]) + rays * depth[:, None]  # (P,3) in the world
+        normal, body, to_lamp = single(normals)[face], body_of_face[face], single(lamp) - points
+        cosine = np.einsum("pi,pi->p", normal, to_lamp) / np.sqrt(np.einsum("pi,pi->p", to_lamp, to_lamp))
+
+        # Points are moved off their surface by 6 mm, a pixel of the lamp, or it would shade itself.
+        in_lamp = transform(points + 0.006 * normal, single(world_in_lamp))
+        x, y = (in_lamp[:, :2] / in_lamp[:, 2:] * LAMP_FOCAL + LAMP_CENTRE + 0.5).T
+        in_view = (x >= 0) & (x < LAMP_PIXELS) & (y >= 0) & (y < LAMP_PIXELS)
+        color = np.zeros_like(points)
+        for i in np.flatnonzero(np.bincount(body)):
+            of_body, rotation = np.flatnonzero(body == i), single(body_in_world[i][:3, :3])
+            local = (points[of_body] - single(body_in_world[i][:3, 3])) @ rotation
+            color[of_body] = bodies[i].paint(local, normal[of_body] @ rotation)
+        seen = dict(depth=depth, label=np.array([body.label for body in bodies], np.uint8)[body], color=color,
+                    sky=0.42 + 0.13 * normal[:, 2], sun=0.55 * cosine.clip(0),
+                    lamp_z=np.where(in_view, in_lamp[:, 2], 0),
+                    lamp_pixel=np.where(in_view, y, 0).astype(int) * LAMP_PIXELS + np.where(in_view, x, 0).astype(int))
+        for name, values in seen.items():
+            picture[name][mine] = values
+        pictures.append(picture)
+    return pictures, np.minimum(reach, behind[1]) if behind else reach
+
+
+def render(bodies, body_in_world, intrinsics, cam_in_world, size, lamp=(-0.5, -0.7, 1.9), samples=1, still=None):
+    """Closed painted bodies under a sky and a lamp (3,): rgb (K,H,W,3) uint8, depth (K,H,W) m (0: none), label (K,H,W).
+
+    `samples` (odd) rays a pixel and axis smooth the colours; the rest is that of the pixel's centre. `still`: what
+    draw_bodies made of further bodies for the same view.
+    """
+    pictures, reach = draw_bodies(bodies, body_in_world, intrinsics, cam_in_world, size, lamp, samples, still)
+    H, W = size[0] * samples, size[1] * samples
+    centre, shots = np.s_[samples // 2::samples, samples // 2::samples], []
+    for seen in pictures:
+        lit = seen["lamp_z"] < reach[seen["lamp_pixel"]]
+        rgb = np.minimum(seen["color"] * (seen["sky"] + seen["sun"] * lit)[:, None], 1).reshape(H, W, 3)
+        rgb = sum(rgb[i::samples] for i in range(samples))
+        rgb = sum(rgb[:, i::samples] for i in range(samples)) / samples**2
+        depth, label = (seen[name].reshape(H, W)[centre] for name in ("depth", "label"))
+        shots.append(((rgb * 255).round().astype(np.uint8), np.where(np.isinf(depth), 0, depth), label))
+    return tuple(np.stack(images) for images in zip(*shots))
+
+
+# ------------------------------------ meshes and paint
+
+def load_mesh(path):
+    """An OBJ file in metres -> vertices (N,3), faces (M,3); polygons become fans of triangles."""
+    with reading(path, "give a mesh in OBJ format"):
+        text = Path(path).read_bytes().decode("latin-1").replace("\r\n", "\n").replace("\\\n", " ")
+        words = [line.split() for line in text.removeprefix("\xef\xbb\xbf").splitlines()]
+        vertices = np.array([w[1:4] for w in words if w[:1] == ["v"]], float)
+        polygons = [[int(v.split("/")[0]) for v in w[1:]] for w in words if w[:1] == ["f"]]
+        faces = np.array([(f[0], *pair) for f in polygons for pair in zip(f[1:], f[2:])])
+        faces = np.where(faces > 0, faces - 1, faces + len(vertices))           # counted from 1, or back from the end
+        extent = np.ptp(vertices[faces].reshape(-1, 3), axis=0).max()
+    if not 0.001 <= extent <= 2:
+        raise ValueError(f"{path} is {extent:g} m long, read in metres: scale it (from millimetres, by 0.001)")
+    return vertices, faces
+
+
 def skin(rings):
-    """rings (R,S,3), each counter-clockwise seen from the last one -> the closed mesh through them, normals outward."""
-    R, S, _ = rings.shape
-    vertices = np.concatenate([rings.reshape(-1, 3), rings[[0, -1]].mean(1)])   # the last two: middles of the caps
-    i, j = np.meshgrid(np.arange(R - 1), np.arange(S), indexing="ij")
-    here, right, above, across = (r * S + s % S for r, s in ((i, j), (i, j + 1), (i + 1, j), (i + 1, j + 1)))
-    sides = [np.stack([here, right, across], -1), np.stack([here, across, above], -1)]
-    j, next_j, top = np.arange(S), (np.arange(S) + 1) % S, (R - 1) * S
-    caps = [np.stack([0 * j + R * S, next_j, j], -1), np.stack([0 * j + R * S + 1, top + j, top + next_j], -1)]
-    return vertices, np.concatenate([part.reshape(-1, 3) for part in sides + caps])
+    """rings (n,m,3), counter-clockwise seen from the last one -> the closed mesh through them, normals outward."""
+    n, m, _ = rings.shape
+    vertices = np.concatenate([rings.reshape(-1, 3), rings[[0, -1]].mean(1)])  # the last two: middles of the caps
+    row, j, following, top = m * np.arange(n - 1)[:, None], np.arange(m), (np.arange(m) + 1) % m, (n - 1) * m
+    here, right = row + j, row + following
+    parts = ((here, right, right + m), (here, right + m, here + m),
+             (0 * j + n * m, following, j), (0 * j + n * m + 1, top + j, top + following))
+    return vertices, np.concatenate([np.stack(part, -1).reshape(-1, 3) for part in parts])
 
 
 def loft(*sections):
@@ -720,32 +977,26 @@ def box(size, centre=(0, 0, 0)):
 
 
 def lathe(*profile, segments=20):
-    """A profile of (radius, z) points, from below, turned about the z axis. Going back down inside makes a vessel."""
+    """A profile of (radius, z) points, from below, turned about z. Going back down inside makes a vessel."""
     angle = 2 * np.pi * np.arange(segments) / segments
     return skin(np.array([[(r * np.cos(t), r * np.sin(t), z) for t in angle] for r, z in profile], float))
 
 
 def capsule(length, radius):
     """From the origin along z, with round ends."""
-    turn = np.linspace(0, np.pi / 2, 4)
-    r, z = radius * np.sin(turn), radius * np.cos(turn)
+    turned = np.linspace(0, np.pi / 2, 4)
+    r, z = radius * np.sin(turned), radius * np.cos(turned)
     return lathe(*zip(r, -z), *zip(z, length + r), segments=14)
 
 
 def merge(*meshes):
-    """Several (vertices, faces) as one mesh."""
-    counts = [len(vertices) for vertices, _ in meshes]
-    starts = np.cumsum(counts) - counts
+    starts = np.cumsum([0] + [len(vertices) for vertices, _ in meshes])
     return np.concatenate([v for v, _ in meshes]), np.concatenate([f + start for (_, f), start in zip(meshes, starts)])
 
 
 def gripper_mesh():
-    """A parallel-jaw gripper with the outer dimensions of the Franka hand, from primitives.
-
-    Returns {"hand": (vertices, faces), "finger": (vertices, faces)}, metres, in the hand frame. "finger" is the left
-    finger at opening 0. At opening w it moves by (0, +w/2, 0), and the right finger is the same mesh turned by 180
-    degrees about z, then moved by (0, -w/2, 0).
-    """
+    """A gripper of Franka's outer dimensions: {"hand": mesh, "finger": mesh} in the hand's frame. "finger" is the left
+    one at opening 0. At opening w it moves by w/2 along y; the right one is that turned by 180 degrees about z."""
     flange = lathe((0.0315, -0.004), (0.0315, 0.014), segments=16)
     body = loft((-0.012, -0.012, 0.012, -0.097, 0.085), (0.004, -0.022, 0.022, -0.103, 0.097),
                 (0.022, -0.0205, 0.0205, -0.1, 0.1), (0.0655, -0.0185, 0.0185, -0.1, 0.1))
@@ -759,7 +1010,7 @@ LATTICE = np.random.default_rng(0).random((256, 256), dtype=np.float32)
 
 
 def noise(u, v):
-    """A smooth random field in 0..1 over the plane, with features of size 1."""
+    """A smooth random field in 0..1 with features of size 1."""
     i, j = np.floor(u).astype(int), np.floor(v).astype(int)
     a, b = (t * t * (3 - 2 * t) for t in (u - i, v - j))
     corner = lambda di, dj: LATTICE[(j + dj) & 255, (i + di) & 255]
@@ -770,44 +1021,43 @@ def plain(color):
     return lambda points, normals: np.broadcast_to(np.float32(color), points.shape)
 
 
+def pattern(where, a, b):
+    """Colour a where where(points) (P,) holds, else b."""
+    return lambda points, normals: np.where(where(points)[:, None], np.float32(a), np.float32(b))
+
+
+def stripes(a, b, width):
+    return pattern(lambda points: np.floor(points[:, 2] / width) % 2 > 0, a, b)
+
+
+def checks(a, b, cell):
+    return pattern(lambda points: np.floor(points / cell + 1e-3).sum(1) % 2 > 0, a, b)
+
+
 def wood(color, plank):
     """Planks along x, each of its own shade, with grain and blotches."""
     def paint(points, normals):
-        x, y = points[:, 0], points[:, 1]
-        number = np.floor(y / plank)
-        shade = 0.68 + 0.2 * noise(number * 3.7, number * 0) + 0.14 * noise(x * 9 + 5.3 * number, y * 110) \
-            + 0.18 * noise(x * 4 + 90, y * 4)
+        x, y, number = points[:, 0], points[:, 1], np.floor(points[:, 1] / plank)
+        shade = (0.68 + 0.2 * noise(number * 3.7, number * 0) + 0.14 * noise(x * 9 + 5.3 * number, y * 110)
+                 + 0.18 * noise(x * 4 + 90, y * 4))
         return shade[:, None] * np.float32(color)
     return paint
 
 
-def stripes(a, b, width, axis=2):
-    """Two colours in turn along an axis of the body."""
-    def paint(points, normals):
-        return np.where(np.floor(points[:, axis, None] / width) % 2 > 0, np.float32(a), np.float32(b))
-    return paint
-
-
-def checks(a, b, cell):
-    def paint(points, normals):
-        return np.where(np.floor(points / cell + 1e-3).sum(1, keepdims=True) % 2 > 0, np.float32(a), np.float32(b))
-    return paint
-
-
 def cardboard(front, back):
-    """A cereal box: a coloured front with a title bar, a white bowl and lines of print."""
+    """A cereal box: a title bar, a white bowl and lines of print."""
     def paint(points, normals):
-        x, z = points[:, 0], points[:, 2]
+        x, y, z = points.T
         face = np.abs(normals[:, 1]) > 0.5
         color = np.where((z > 0.035)[:, None], np.float32(back), np.float32(front))
-        color = np.where((face & (np.hypot(x, z + 0.015) < 0.03))[:, None], np.float32((0.97, 0.95, 0.9)), color)
-        print_ = ~face & (np.floor(z / 0.008) % 2 > 0) & (z < 0.02) & (np.abs(points[:, 1]) < 0.016)
-        return np.where(print_[:, None], np.float32((0.95, 0.95, 0.95)), color)
+        color[face & (np.hypot(x, z + 0.015) < 0.03)] = 0.97, 0.95, 0.9
+        color[~face & (np.floor(z / 0.008) % 2 > 0) & (z < 0.02) & (np.abs(y) < 0.016)] = 0.95
+        return color
     return paint
 
 
 def cloth(table, centre, half, a, b):
-    """A table top with a checked place mat painted on it: something that is at one place only."""
+    """A table top with a checked place mat."""
     mat = checks(a, b, half[0] / 2)
 
     def paint(points, normals):
@@ -817,34 +1067,31 @@ def cloth(table, centre, half, a, b):
     return paint
 
 
-# ------------------------------------------------------------------------------------------------ synthetic world
-# A kinematic world: hands go where they are told, what is gripped moves with the hand, what is let go falls straight
-# down. Arms do not collide with anything.
+# ------------------------------------ synthetic world
+# Hands go where they are told, what is gripped moves with the hand, what is let go falls straight down.
 
 HZ = 10                     # frames a second of a synthetic recording
-TCP = 0.1                   # metres along z from the hand's origin to the point between the finger pads that grips
+TCP = 0.1                   # metres along z from the hand's origin to the point between the finger pads
+OPEN, SHUT = 0.08, 0.0      # metres between the fingers; SHUT closes on whatever there is
 PADS = np.array([(x, z) for x in (-0.008, 0, 0.008) for z in (0.089, 0.094, 0.1, 0.105)])  # (x, z) on a pad, hand frame
-UP = np.array([0.0, 0, 1])
-
-
-def pose(position, rotation=np.eye(3)):
-    """a_in_b (4,4) from the position (3,) and the rotation (3,3) of frame a in frame b."""
-    a_in_b = np.eye(4)
-    a_in_b[:3, :3], a_in_b[:3, 3] = rotation, position
-    return a_in_b
+UPPER_ARM, FOREARM = 0.36, 0.42
+AHEAD, LEFT, UP = np.eye(3)
 
 
 def turn(axis, angle):
-    """Rotation (3,3) by an angle in radians about axis 'x', 'y' or 'z'."""
     return Rotation.from_euler(axis, angle).as_matrix()
 
 
+def along(position, z, y):
+    """The pose at `position` with axes along the unit vector `z` and along `y`, normal to it."""
+    y = y / np.linalg.norm(y)
+    return pose(position, np.stack([np.cross(y, z), y, z], 1))
+
+
 def hand(tip, forward, closing):
-    """gripper_in_world: finger pads centred on `tip`, palm facing along `forward`, fingers moving along `closing`."""
+    """gripper_in_world with the pads at `tip`, the palm facing `forward` and fingers that move along `closing`."""
     z = np.array(forward, float) / np.linalg.norm(forward)
-    y = closing - (closing @ z) * z
-    y /= np.linalg.norm(y)
-    return pose(np.array(tip) - TCP * z, np.stack([np.cross(y, z), y, z], 1))
+    return along(np.array(tip) - TCP * z, z, closing - (closing @ z) * z)
 
 
 def shift(a_in_b, offset):
@@ -853,75 +1100,82 @@ def shift(a_in_b, offset):
 
 
 def between(a, b, s):
-    """The pose a share s of the way from pose a to pose b: along a line, turning about one axis."""
+    """The pose a share s of the way from a to b, along a line, turning about one axis."""
     turning = Rotation.from_matrix(b[:3, :3] @ a[:3, :3].T).as_rotvec()
     return pose(a[:3, 3] + s * (b[:3, 3] - a[:3, 3]), Rotation.from_rotvec(s * turning).as_matrix() @ a[:3, :3])
 
 
 def stretch(start, end, side):
-    """Pose at `start` with z towards `end`, and its x axis near `side`."""
+    """The pose at `start` with z towards `end` and x near `side`."""
     z = (end - start) / np.linalg.norm(end - start)
-    y = np.cross(z, side)
-    y /= np.linalg.norm(y)
-    return pose(start, np.stack([np.cross(y, z), y, z], 1))
-
-
-UPPER_ARM, FOREARM = 0.36, 0.42
+    return along(start, z, np.cross(z, side))
 
 
 def arm_bodies(arm, color):
     """The links of one arm, from base to fingers, in the order of arm_poses."""
-    white, dark = plain((0.93, 0.93, 0.92)), plain((0.25, 0.26, 0.28))
-    label = (RIGHT_GRIPPER, LEFT_GRIPPER)[arm]
-    gripper = gripper_mesh()
+    pale, label, gripper = (0.93, 0.93, 0.92), 1 + arm, gripper_mesh()
+    white, dark = plain(pale), plain((0.25, 0.26, 0.28))
     finger = Body(gripper["finger"], plain((0.32, 0.33, 0.36)), label)
-    joint = merge(lathe((0.062, -0.075), (0.062, 0.075)))
-    return [Body(lathe((0.11, -0.03), (0.11, 0.02), (0.08, 0.05), (0.075, 0.26)), white),
-            Body(joint, dark), Body(capsule(UPPER_ARM, 0.06), stripes(color, (0.93, 0.93, 0.92), 0.19)),
-            Body(joint, dark), Body(capsule(FOREARM, 0.05), white), Body(lathe((0.05, -0.06), (0.05, 0.06)), dark),
+    joint = Body(lathe((0.062, -0.075), (0.062, 0.075)), dark)
+    return [Body(lathe((0.11, -0.03), (0.11, 0.02), (0.08, 0.05), (0.075, 0.26)), white), joint,
+            Body(capsule(UPPER_ARM, 0.06), stripes(color, pale, 0.19)), joint, Body(capsule(FOREARM, 0.05), white),
+            Body(lathe((0.05, -0.06), (0.05, 0.06)), dark),
             Body(lathe((0.048, -0.05), (0.048, 0.05), (0.036, 0.1)), plain(color)),
             Body(gripper["hand"], white, label), finger, finger]
 
 
 def arm_poses(base, gripper_in_world, opening):
-    """Where the links are, body_in_world (10,4,4): a shoulder, an elbow that points up, and a wrist behind the hand."""
+    """body_in_world (10,4,4) of the links: a shoulder, an elbow that points up, and a wrist behind the hand."""
     shoulder = base + 0.333 * UP
     wrist = gripper_in_world[:3, 3] - 0.15 * gripper_in_world[:3, 2]
     reach = np.linalg.norm(wrist - shoulder)
-    along = (wrist - shoulder) / reach
-    side = np.cross(UP, along)
+    straight = (wrist - shoulder) / reach
+    side = np.cross(UP, straight)
     side /= np.linalg.norm(side)
-    ahead = (UPPER_ARM**2 - FOREARM**2 + reach**2) / (2 * reach)               # law of cosines
+    ahead = (UPPER_ARM**2 - FOREARM**2 + reach**2) / (2 * reach)  # law of cosines
     above = np.sqrt(max(0.0, UPPER_ARM**2 - ahead**2))
-    elbow = shoulder + ahead * along + above * np.cross(along, side)
-    forearm = stretch(elbow, wrist, side)
-    left = gripper_in_world @ pose((0, opening / 2, 0))
-    right = gripper_in_world @ pose((0, -opening / 2, 0), turn("z", np.pi))
+    elbow = shoulder + ahead * straight + above * np.cross(straight, side)
     across = stretch(shoulder, shoulder + side, UP)
-    return np.stack([pose(base), across, stretch(shoulder, elbow, side), pose(elbow, across[:3, :3]), forearm,
-                     pose(wrist, across[:3, :3]), gripper_in_world @ pose((0, 0, -0.1)), gripper_in_world, left, right])
+    return np.stack([pose(base), across, stretch(shoulder, elbow, side), pose(elbow, across[:3, :3]),
+                     stretch(elbow, wrist, side), pose(wrist, across[:3, :3]),
+                     gripper_in_world @ pose((0, 0, -0.1)), gripper_in_world,
+                     gripper_in_world @ pose((0, opening / 2, 0)),
+                     gripper_in_world @ pose((0, -opening / 2, 0), turn("z", np.pi))])
 
 
 def within(points, half, order):
-    """Whether points (...,d) in a body's frame lie in a box (order inf) or ellipsoid (order 2) of half sizes (d,)."""
+    """Whether points (...,d) lie in a box (order inf) or ellipsoid (order 2) of half sizes (d,)."""
     return np.linalg.norm(points / np.array(half), ord=order, axis=-1) <= 1
 
 
-# Each scene below is drawn at random and returns a namespace of
-#   fixed             [(Body, body_in_world)], the furniture
-#   object            Body of the thing to move
-#   object_in_world   (4,4), where it is at first
-#   solid             (half sizes (3,), order), what fingers can grip of it; see within
-#   supports          [(support_in_world, half sizes (2,), order, height)], where it may rest besides the table
-#   done              object_in_world -> bool, the goal
-#   bases             [(3,)], where the arms stand
-#   keys              [(seconds, {arm: (gripper_in_world, opening)})], the script; an arm not named stays
-OPEN, SHUT = 0.08, 0.0      # metres between the fingers; SHUT closes on whatever there is
+@dataclass
+class Scene:
+    fixed: list                     # [(Body, body_in_world)], the furniture
+    object: Body
+    object_in_world: np.ndarray
+    solid: tuple  # (half sizes (3,), order) of what fingers can grip of it, see within
+    supports: list                  # [(support_in_world, half sizes (2,), order, height)], where it may rest
+    done: object                    # object_in_world -> bool, the goal
+    keys: list                      # [(seconds, {arm: (gripper_in_world, opening)})]; an arm not named stays
+    bases: tuple = (np.array([-0.55, 0, 0]),)
+
+
+def one_arm(home, take, *keys):
+    """The keys of a one-armed task: from `home` to a grasp at `take`, then (seconds, gripper_in_world, opening)."""
+    grasp = (0.0, home, OPEN), (1.1, shift(take, -0.1 * take[:3, 2]), OPEN), (0.7, take, OPEN), (0.6, take, SHUT)
+    return [(seconds, {0: state}) for seconds, *state in (*grasp, *keys)]
+
+
+def lies_in(place_in_world, half, height):
+    def done(object_in_world):
+        local = transform(object_in_world[:3, 3], invert(place_in_world))
+        return within(local[:2], half, np.inf) and local[2] < height
+    return done
 
 
 def cereal_scene(draw):
     """Task 1: a box stands on a shelf; the arm takes it from there and stores it below the shelf."""
-    height, depth, width = draw.uniform(0.28, 0.31), 0.18, 0.36
+    height, depth, width = draw.uniform(0.28, 0.31), 0.18, 0.36                 # of the shelf
     shelf = pose((draw.uniform(0.14, 0.2), draw.uniform(-0.12, 0.12), 0), turn("z", draw.uniform(-0.6, 0.6)))
     legs = [box((0.02, 0.02, height), (x, y, height / 2)) for x in (-0.08, 0.08) for y in (-0.17, 0.17)]
     shelf_mesh = merge(box((depth, width, 0.016), (0, 0, height - 0.008)), *legs)
@@ -932,31 +1186,25 @@ def cereal_scene(draw):
                          turn("z", draw.uniform(-0.15, 0.15)))
     end = shelf @ pose((draw.uniform(-0.06, -0.03), draw.uniform(-0.05, 0.05), size[2] / 2))
 
-    pitch = draw.uniform(0.15, 0.35)                                            # from the front, a little from above
-    grip = hand((-size[0] / 2 + 0.027, 0, 0.01), (np.cos(pitch), 0, -np.sin(pitch)), (0, 1, 0))  # gripper_in_object
-    home = hand(draw.uniform((-0.25, -0.2, 0.3), (-0.12, 0.2, 0.42)), (0.5, 0, -1), (0, 1, 0))
+    pitch = draw.uniform(0.15, 0.35)  # from the front, a little from above
+    grip = hand((-size[0] / 2 + 0.027, 0, 0.01), (np.cos(pitch), 0, -np.sin(pitch)), LEFT)  # gripper_in_object
+    home = hand(draw.uniform((-0.25, -0.2, 0.3), (-0.12, 0.2, 0.42)), (0.5, 0, -1), LEFT)
     take, put = start @ grip, end @ grip
-    back_off, over_board = -0.26 * shelf[:3, 0], 0.05 * UP
-    keys = [(0.0, {0: (home, OPEN)}),
-            (1.1, {0: (shift(take, -0.1 * take[:3, 2]), OPEN)}),                # approach
-            (0.7, {0: (take, OPEN)}),
-            (0.6, {0: (take, SHUT)}),                                           # grasp
-            (0.4, {0: (shift(take, over_board), SHUT)}),                        # lift
-            (0.8, {0: (shift(take, over_board + back_off), SHUT)}),             # away from the shelf
-            (0.9, {0: (shift(put, back_off + 0.03 * UP), SHUT)}),               # down
-            (0.9, {0: (shift(put, 0.012 * UP), SHUT)}),                         # under the board
-            (0.3, {0: (put, SHUT)}),                                            # place
-            (0.4, {0: (put, OPEN)}),                                            # release
-            (0.6, {0: (shift(put, back_off), OPEN)}),                           # retreat
-            (0.6, {0: (between(shift(put, back_off), home, 0.5), OPEN)})]
+    back_off = -0.26 * shelf[:3, 0]
+    keys = one_arm(
+        home, take,
+        (0.4, shift(take, 0.05 * UP), SHUT),
+        (0.8, shift(take, 0.05 * UP + back_off), SHUT),
+        (0.9, shift(put, back_off + 0.03 * UP), SHUT),
+        (0.9, shift(put, 0.012 * UP), SHUT),            # under the board
+        (0.3, put, SHUT),
+        (0.4, put, OPEN),
+        (0.6, shift(put, back_off), OPEN),
+        (0.6, between(shift(put, back_off), home, 0.5), OPEN))
 
-    def done(object_in_world):
-        x, y, z = transform(object_in_world[:3, 3], invert(shelf))
-        return within(np.array([x, y]), (depth / 2, width / 2), np.inf) and z < height / 2
-    return SimpleNamespace(
-        fixed=[(Body(shelf_mesh, dark_wood), shelf)], supports=[(shelf, (depth / 2, width / 2), np.inf, height)],
-        done=done, object=Body(box(size), cardboard(front, back), OBJECT), object_in_world=start,
-        solid=(size / 2, np.inf), bases=[np.array([-0.55, 0, 0])], keys=keys)
+    half = depth / 2, width / 2
+    return Scene([(Body(shelf_mesh, dark_wood), shelf)], Body(box(size), cardboard(front, back), OBJECT), start,
+                 (size / 2, np.inf), [(shelf, half, np.inf, height)], lies_in(shelf, half, height / 2), keys)
 
 
 def spatula_scene(draw):
@@ -966,41 +1214,34 @@ def spatula_scene(draw):
     inner = radius - 0.006
     crock_mesh = lathe((0.9 * radius, 0), (radius, height), (inner, height), (0.9 * inner, 0.008), segments=24)
     glaze = draw.permutation([(0.75, 0.8, 0.85), (0.2, 0.35, 0.5), (0.8, 0.5, 0.3), (0.35, 0.5, 0.35)])
-    length = draw.uniform(0.21, 0.24)                                           # of the handle, centred on the origin
+    length = draw.uniform(0.21, 0.24)      # of the handle, centred on the origin
     thin = lambda z, half: (length / 2 + z, -0.0025, 0.0025, -half, half)
     spatula = merge(box((0.012, 0.018, length)), loft(thin(0, 0.012), thin(0.025, 0.036), thin(0.09, 0.036)))
     color = draw.permutation([(0.8, 0.1, 0.1), (0.1, 0.5, 0.25), (0.95, 0.6, 0.1)])[0]
-
-    def paint(points, normals):
-        return np.where(points[:, 2:] > length / 2, np.float32((0.12, 0.12, 0.13)), np.float32(color))
+    paint = pattern(lambda points: points[:, 2] > length / 2, (0.12, 0.12, 0.13), color)
     lean = turn("z", draw.uniform(-0.5, 0.5)) @ turn("y", draw.uniform(-0.1, 0.16))
     start = pose(crock[:3, 3] + (0, 0, 0.008 - transform(spatula[0], pose(np.zeros(3), lean))[:, 2].min()), lean)
-    flat = turn("z", draw.uniform(-0.5, 0.5)) @ turn("y", np.pi / 2)            # blade away from the robot
+    flat = turn("z", draw.uniform(-0.5, 0.5)) @ turn("y", np.pi / 2)  # blade away from the robot
     end = pose((draw.uniform(-0.1, 0), -side * draw.uniform(0.08, 0.2), 0.006), flat)
 
     pitch = draw.uniform(0.15, 0.35)
-    grip = hand((0, 0, length / 2 - draw.uniform(0.02, 0.035)), (np.cos(pitch), 0, -np.sin(pitch)), (0, 1, 0))
-    home = hand(draw.uniform((-0.25, -0.15, 0.3), (-0.15, 0.15, 0.42)), (0.5, 0, -1), (0, 1, 0))
+    grip = hand((0, 0, length / 2 - draw.uniform(0.02, 0.035)), (np.cos(pitch), 0, -np.sin(pitch)), LEFT)
+    home = hand(draw.uniform((-0.25, -0.15, 0.3), (-0.15, 0.15, 0.42)), (0.5, 0, -1), LEFT)
     take, put = start @ grip, end @ grip
-    keys = [(0.0, {0: (home, OPEN)}),
-            (1.1, {0: (shift(take, -0.1 * take[:3, 2]), OPEN)}),                # approach
-            (0.7, {0: (take, OPEN)}),
-            (0.6, {0: (take, SHUT)}),                                           # grasp
-            (1.0, {0: (shift(take, draw.uniform(0.21, 0.25) * UP), SHUT)}),     # out of the crock
-            (1.4, {0: (shift(put, 0.1 * UP), SHUT)}),                           # over to the other side, and flat
-            (0.7, {0: (put, SHUT)}),                                            # place
-            (0.4, {0: (put, OPEN)}),                                            # release
-            (0.6, {0: (shift(put, 0.14 * UP), OPEN)}),                          # retreat
-            (0.7, {0: (between(put, home, 0.6), OPEN)})]
+    keys = one_arm(
+        home, take,
+        (1.0, shift(take, draw.uniform(0.21, 0.25) * UP), SHUT),
+        (1.4, shift(put, 0.1 * UP), SHUT),              # over to the other side, and flat
+        (0.7, put, SHUT),
+        (0.4, put, OPEN),
+        (0.6, shift(put, 0.14 * UP), OPEN),
+        (0.7, between(put, home, 0.6), OPEN))
 
     def done(object_in_world):
         lies = abs(object_in_world[2, 2]) < 0.2 and object_in_world[2, 3] < 0.02
         return lies and np.linalg.norm(object_in_world[:2, 3] - crock[:2, 3]) > radius
-    return SimpleNamespace(
-        fixed=[(Body(crock_mesh, stripes(glaze[0], glaze[1], 0.045)), crock)],
-        supports=[(crock, (radius, radius), 2, 0.008)], done=done, object=Body(spatula, paint, OBJECT),
-        object_in_world=start, solid=((0.006, 0.009, length / 2), np.inf),
-        bases=[np.array([-0.55, 0, 0])], keys=keys)
+    return Scene([(Body(crock_mesh, stripes(glaze[0], glaze[1], 0.045)), crock)], Body(spatula, paint, OBJECT), start,
+                 ((0.006, 0.009, length / 2), np.inf), [(crock, (radius, radius), 2, 0.008)], done, keys)
 
 
 def apple_scene(draw):
@@ -1018,71 +1259,63 @@ def apple_scene(draw):
     radius, arc = draw.uniform(0.026, 0.03), np.linspace(0, np.pi, 9)
     apple = merge(lathe(*zip(radius * np.sin(arc), -radius * np.cos(arc)), segments=18),
                   lathe((0.003, radius - 0.002), (0.002, radius + 0.012), segments=6))
-    skin_color = draw.permutation([(0.85, 0.1, 0.1), (0.5, 0.75, 0.15), (0.9, 0.5, 0.1)])[0]
+    peel = draw.permutation([(0.85, 0.1, 0.1), (0.5, 0.75, 0.15), (0.9, 0.5, 0.1)])[0]
     start = shift(bowl, (0, 0, 0.006 + radius))
 
-    meet = draw.uniform((-0.03, -0.06, 0.24), (0.08, 0.06, 0.32))
-    x_axis = np.array([1.0, 0, 0])          # the hands meet with crossed fingers: one pair along x, one along z
-    take = hand(start[:3, 3], (draw.uniform(-0.1, 0.1), draw.uniform(0, 0.25), -1), x_axis)
-    give, receive = hand(meet, (0.1, 1, -0.25), x_axis), hand(meet, (0.1, -1, -0.25), UP)
-    drop = hand(bin_[:3, 3] + 0.14 * UP, (0, 0.1, -1), (0, -1, 0))
-    right_home = hand(draw.uniform((-0.2, -0.3, 0.28), (-0.1, -0.2, 0.38)), (0.3, 0, -1), x_axis)
-    left_home = hand(draw.uniform((-0.2, 0.2, 0.28), (-0.1, 0.3, 0.38)), (0.3, 0, -1), (0, -1, 0))
+    meet = draw.uniform((-0.03, -0.06, 0.24), (0.08, 0.06, 0.32))  # with crossed fingers: along x, along z
+    take = hand(start[:3, 3], (draw.uniform(-0.1, 0.1), draw.uniform(0, 0.25), -1), AHEAD)
+    give, receive = hand(meet, (0.1, 1, -0.25), AHEAD), hand(meet, (0.1, -1, -0.25), UP)
+    drop = hand(bin_[:3, 3] + 0.14 * UP, (0, 0.1, -1), -LEFT)
+    right_home = hand(draw.uniform((-0.2, -0.3, 0.28), (-0.1, -0.2, 0.38)), (0.3, 0, -1), AHEAD)
+    left_home = hand(draw.uniform((-0.2, 0.2, 0.28), (-0.1, 0.3, 0.38)), (0.3, 0, -1), -LEFT)
     retreat = lambda gripper_in_world: shift(gripper_in_world, -0.13 * gripper_in_world[:3, 2])
     keys = [(0.0, {0: (right_home, OPEN), 1: (left_home, OPEN)}),
-            (0.8, {0: (shift(take, 0.1 * UP), OPEN)}),                          # right: approach
+            (0.8, {0: (shift(take, 0.1 * UP), OPEN)}),
             (0.5, {0: (take, OPEN)}),
-            (0.6, {0: (take, SHUT)}),                                           # grasp
-            (0.5, {0: (shift(take, 0.12 * UP), SHUT)}),                         # lift
-            (0.9, {0: (give, SHUT), 1: (retreat(receive), OPEN)}),              # both: to where they meet
-            (0.5, {1: (receive, OPEN)}),                                        # left: approach
-            (0.6, {1: (receive, SHUT)}),                                        # grasp
-            (0.4, {0: (give, OPEN)}),                                           # right: release
+            (0.6, {0: (take, SHUT)}),
+            (0.5, {0: (shift(take, 0.12 * UP), SHUT)}),
+            (0.9, {0: (give, SHUT), 1: (retreat(receive), OPEN)}),              # to where the hands meet
+            (0.5, {1: (receive, OPEN)}),
+            (0.6, {1: (receive, SHUT)}),
+            (0.4, {0: (give, OPEN)}),
             (0.5, {0: (retreat(give), OPEN)}),
-            (0.9, {0: (right_home, OPEN), 1: (shift(drop, 0.06 * UP), SHUT)}),  # left: over the bin
+            (0.9, {0: (right_home, OPEN), 1: (shift(drop, 0.06 * UP), SHUT)}),  # over the bin
             (0.3, {1: (drop, SHUT)}),
-            (0.4, {1: (drop, OPEN)}),                                           # release
-            (0.4, {1: (shift(drop, 0.15 * UP), OPEN)})]                         # retreat
+            (0.4, {1: (drop, OPEN)}),
+            (0.4, {1: (shift(drop, 0.15 * UP), OPEN)})]
 
-    def done(object_in_world):
-        x, y, z = transform(object_in_world[:3, 3], invert(bin_))
-        return within(np.array([x, y]), (length / 2, width / 2), np.inf) and z < height
-    return SimpleNamespace(
-        fixed=[(Body(bowl_mesh, stripes(china[0], china[1], 0.02)), bowl),
-               (Body(bin_mesh, stripes(plastic, 0.8 * plastic, 0.03)), bin_)],
-        supports=[(bowl, (0.08, 0.08), 2, 0.006), (bin_, (length / 2, width / 2), np.inf, 0.006)], done=done,
-        object=Body(apple, stripes(skin_color, 0.85 * skin_color, radius), OBJECT), object_in_world=start,
-        solid=((radius,) * 3, 2), bases=[np.array([-0.5, -0.33, 0]), np.array([-0.5, 0.33, 0])], keys=keys)
+    half = length / 2, width / 2
+    return Scene([(Body(bowl_mesh, stripes(china[0], china[1], 0.02)), bowl),
+                  (Body(bin_mesh, stripes(plastic, 0.8 * plastic, 0.03)), bin_)],
+                 Body(apple, stripes(peel, 0.85 * peel, radius), OBJECT), start, ((radius,) * 3, 2),
+                 [(bowl, (0.08, 0.08), 2, 0.006), (bin_, half, np.inf, 0.006)], lies_in(bin_, half, height),
+                 keys, (np.array([-0.5, -0.33, 0]), np.array([-0.5, 0.33, 0])))
 
 
 SCENES = {1: cereal_scene, 2: spatula_scene, 3: apple_scene}
 
 
 def room(draw):
-    """[(Body, body_in_world)]: a floor with walls, and the table with a place mat, in colours of their own."""
+    """[(Body, body_in_world)]: floor and walls, and the table with a place mat, in colours of their own."""
     tone = lambda *color: np.array(color) * draw.uniform(0.8, 1.1) + draw.uniform(-0.06, 0.06, 3)
     floor = checks(tone(0.5, 0.52, 0.55), tone(0.62, 0.6, 0.58), 0.3)
     table = wood(tone(0.85, 0.66, 0.45), draw.uniform(0.09, 0.16))
     mat = draw.permutation([(0.75, 0.3, 0.3), (0.3, 0.5, 0.75), (0.35, 0.6, 0.4), (0.8, 0.75, 0.6), (0.5, 0.35, 0.6)])
     top = cloth(table, (draw.uniform(0.1, 0.3), draw.uniform(-0.5, 0.5)), draw.uniform(0.1, 0.18, 2), mat[0], mat[1])
     vertices, faces = box((6, 6, 3), (0, 0, 0.75))
-    return [(Body((vertices, faces[:, ::-1]), floor), np.eye(4)),               # inside out: seen from within
+    return [(Body((vertices, faces[:, ::-1]), floor), np.eye(4)),      # inside out
             (Body(box((1.25, 1.7, 0.05), (-0.1, 0, -0.025)), top), np.eye(4))]
 
 
 def minimum_jerk(keys, draw):
-    """A script [(seconds, {arm: (gripper_in_world, opening)})] at HZ -> gripper_in_world (T,A,4,4), opening (T,A).
-
-    Every key is reached at rest, along s(t) = 10 t^3 - 15 t^4 + 6 t^5, which has the least squared jerk between two
-    rests (Flash and Hogan 1985). The pace, each duration and each key's place vary a little.
-    """
+    """A scene's keys -> gripper_in_world (T,A,4,4), opening (T,A) at HZ, a little varied in pace and place. Each is
+    reached at rest with the least squared jerk (Flash and Hogan 1985)."""
     pace = draw.uniform(0.9, 1.05)
     now = [keys[0][1][arm] for arm in sorted(keys[0][1])]
     poses, openings = [], []
     for seconds, targets in keys:
-        target = [targets.get(arm, state) for arm, state in enumerate(now)]
-        target = [(shift(p, draw.normal(0, 0.0015, 3)) if arm in targets else p, w)
-                  for arm, (p, w) in enumerate(target)]
+        target = [(shift(targets[arm][0], draw.normal(0, 0.0015, 3)), targets[arm][1]) if arm in targets else state
+                  for arm, state in enumerate(now)]
         steps = max(1, round(seconds * pace * draw.uniform(0.92, 1.08) * HZ))
         for t in np.arange(1, steps + 1) / steps:
             s = 10 * t**3 - 15 * t**4 + 6 * t**5
@@ -1093,32 +1326,28 @@ def minimum_jerk(keys, draw):
 
 
 class World:
-    """One task's scene and its state: gripper_in_world (A,4,4), opening (A,) m, object_in_world (4,4), who holds it.
-
-    world = World(task); world.reset(seed); world.step(gripper_in_world, opening); world.observe(...); world.success()
-    """
+    """One task's scene and its state: gripper_in_world (A,4,4), opening (A,) m, object_in_world (4,4), holders."""
 
     def __init__(self, task):
         self.task = task
 
     def reset(self, seed):
-        """A new scene: what stands where, its size and its colour are functions of (task, seed). Sets `demonstration`,
-        the scripted gripper_in_world (T,A,4,4) and opening (T,A) that does the task in it."""
+        """A new scene, and a demonstration in it: gripper_in_world (T,A,4,4), opening (T,A)."""
         draw = np.random.default_rng([self.task, seed])
         self.scene = SCENES[self.task](draw)
         self.demonstration = minimum_jerk(self.scene.keys, draw)
         self.gripper_in_world, self.opening = self.demonstration[0][0], self.demonstration[1][0]
-        self.gap = self.opening                       # how wide each hand was when it began to close
         self.object_in_world = self.scene.object_in_world
-        self.holders = {}                             # arm -> width between its fingers; the first carries the object
+        self.gap = self.opening     # how wide each hand was when it began to close
+        self.holders = {}           # arm: width between its fingers; the first carries the object
         self.fixed = room(draw) + self.scene.fixed
-        self.cameras = self.still = None              # the last cameras that observed, and what of it does not move
+        self.key = self.still = None                    # the cameras that filmed last, what of it does not move
         colors = draw.permutation([(0.9, 0.45, 0.1), (0.15, 0.55, 0.75), (0.45, 0.7, 0.25)])
-        self.arms = [arm_bodies(arm, colors[arm]) for arm in range(len(self.scene.bases))]
+        self.arms = sum((arm_bodies(arm, colors[arm]) for arm in range(len(self.scene.bases))), [])
         self.lamp = draw.uniform((-0.7, 0.5, 1.7), (0.2, 0.9, 2.1)) * (1, draw.choice([-1, 1]), 1)
 
     def step(self, gripper_in_world, opening):
-        """Move the hands to gripper_in_world (A,4,4), the fingers to opening (A,) m, as far as the object lets them."""
+        """Move the hands, and the fingers as far as the object lets them."""
         motion = gripper_in_world @ invert(self.gripper_in_world)               # (A,4,4), in the world
         before, self.opening = self.opening, np.clip(opening, 0, OPEN)
         self.gripper_in_world = np.array(gripper_in_world)
@@ -1127,10 +1356,9 @@ class World:
         if self.holders:
             self.object_in_world = motion[next(iter(self.holders))] @ self.object_in_world
         for arm in range(len(self.opening)):
-            if arm not in self.holders:
-                if closing[arm]:
-                    self.grip(arm)
-            elif self.opening[arm] > self.holders[arm] + 0.008:                 # 8 mm: a noisy opening drops nothing
+            if arm not in self.holders and closing[arm]:
+                self.grip(arm)
+            elif self.opening[arm] > self.holders.get(arm, OPEN) + 0.008:       # a noisy opening drops nothing
                 del self.holders[arm]
                 if not self.holders:
                     self.object_in_world = upright(self.object_in_world)
@@ -1139,7 +1367,7 @@ class World:
             self.fall()
 
     def grip(self, arm):
-        """The object sticks to fingers that close on it from both sides; they push it to their middle."""
+        """Fingers that close on the object from both sides push it to their middle and hold it."""
         y = np.linspace(-0.05, 0.05, 201)
         line = np.stack(np.broadcast_arrays(PADS[:, None, 0], y, PADS[:, None, 1]), -1)  # (pads,201,3), hand frame
         line_in_object = transform(line, invert(self.object_in_world) @ self.gripper_in_world[arm])
@@ -1147,7 +1375,7 @@ class World:
         if not touched.any():
             return
         low, high = y[touched][[0, -1]]
-        # 5 mm each: finger tips are soft, and a recorded opening is never less than where the fingers were stopped.
+        # 5 mm: finger tips are soft, and openings are recorded where the fingers were stopped.
         if max(-low, high) < self.gap[arm] / 2 + 0.005 and self.opening[arm] < high - low + 0.005:
             if not self.holders:
                 middle = (low + high) / 2 * self.gripper_in_world[arm, :3, 1]
@@ -1164,23 +1392,32 @@ class World:
                 heights.append(height)
         self.object_in_world = shift(self.object_in_world, (max(heights) - bottom) * UP)
 
-    def observe(self, intrinsics, cam_in_world, size, samples=1):
-        """The world from K cameras: see render. Returns rgb, depth in metres, label and normal."""
-        cameras = intrinsics.tobytes(), cam_in_world.tobytes(), size, samples
-        if self.cameras != cameras:
-            self.cameras = cameras
-            self.still = backdrop(*zip(*self.fixed), intrinsics, cam_in_world, size, self.lamp, samples)
+    def film(self, intrinsics, cam_in_world, size, samples=1):
+        """The world from K cameras: rgb, depth in metres and label, see render."""
+        view = intrinsics, cam_in_world, size, self.lamp, samples
+        key = intrinsics.tobytes(), cam_in_world.tobytes(), size, samples
+        if self.key != key:
+            self.key, self.still = key, draw_bodies(*zip(*self.fixed), *view)
         poses = [arm_poses(*arm) for arm in zip(self.scene.bases, self.gripper_in_world, self.opening)]
-        return render([self.scene.object] + sum(self.arms, []), np.concatenate([[self.object_in_world], *poses]),
-                      intrinsics, cam_in_world, size, self.lamp, samples, self.still)
+        return render([self.scene.object, *self.arms], np.concatenate([[self.object_in_world], *poses]),
+                      *view, self.still)
+
+    def observe(self, intrinsics, cam_in_world, size):
+        """What a robot sees now with V cameras, as the observed_ keys of a clip."""
+        rgb, depth, label = self.film(intrinsics, cam_in_world, size)
+        return dict(observed_rgb=rgb, observed_depth=depth, intrinsics=np.array(intrinsics), fps=float(CLIP_HZ),
+                    observed_gripper=np.stack([label == 1 + arm for arm in range(len(self.opening))], 1),
+                    observed_object=label == OBJECT, observed_opening=np.array(self.opening),
+                    observed_gripper_in_ref=invert(cam_in_world[0]) @ self.gripper_in_world,
+                    ref_in_world=np.array(cam_in_world[0]))
 
     def success(self):
-        """Whether the task is done: the object is where it belongs and nothing holds it."""
+        """Whether the object is where it belongs and nothing holds it."""
         return bool(not self.holders and self.scene.done(self.object_in_world))
 
 
 def upright(object_in_world):
-    """The pose with that axis of the object made vertical which is nearest to it: how a thing comes to rest."""
+    """The pose turned until the axis that is nearest to the vertical is vertical: how a thing comes to rest."""
     axis = np.argmax(np.abs(object_in_world[2, :3]))
     now = object_in_world[:3, axis] * np.sign(object_in_world[2, axis])
     turning = np.cross(now, UP)
@@ -1190,14 +1427,11 @@ def upright(object_in_world):
 
 
 def sample_cameras(draw, tips, size, count=16):
-    """Cameras on the paper's half shell, in front of the robot, looking at the middle of the workspace.
-
-    Each has every hand in its picture for more than 85 % of the time. tips (T,A,3): the finger tips in the world.
-    Returns intrinsics (count,3,3) pixels and cam_in_world (count,4,4).
-    """
+    """Cameras on the paper's half shell, in front of the robot: intrinsics (count,3,3), cam_in_world (count,4,4). Each
+    sees every hand for more than 85 % of the time. tips (T,A,3): the finger tips in the world."""
     H, W = size
-    intrinsics, cam_in_world = [], []
-    while len(cam_in_world) < count:
+    cameras = []
+    while len(cameras) < count:
         position = draw.uniform((0.2, -0.5, 0.7), (0.6, 0.5, 1.2))
         focal = draw.uniform(0.72, 0.92) * W
         K = np.array([[focal, 0, (W - 1) / 2], [0, focal, (H - 1) / 2], [0, 0, 1]])
@@ -1206,224 +1440,124 @@ def sample_cameras(draw, tips, size, count=16):
         pixel, z = project(transform(tips, invert(camera)), K)
         seen = ((pixel >= 0) & (pixel <= (W - 1, H - 1))).all(-1) & (z > 0)
         if 0.7 <= np.linalg.norm(position) <= 1.2 and seen.mean(0).min() > 0.85:
-            intrinsics.append(K)
-            cam_in_world.append(camera)
-    return np.stack(intrinsics), np.stack(cam_in_world)
+            cameras.append((K, camera))
+    return tuple(np.stack(values) for values in zip(*cameras))
 
 
 def synthetic_episode(task, seed, out, size, samples):
-    """Play and film one demonstration, and pack it into the folder `out`."""
     world = World(task)
     world.reset(seed)
     grippers, openings = world.demonstration
     tips = grippers[..., :3, 3] + TCP * grippers[..., :3, 2]
     intrinsics, cam_in_world = sample_cameras(np.random.default_rng([task, seed, 1]), tips, size)
-    frames, states = [], []
+    frames = []
     for gripper_in_world, opening in zip(grippers, openings):
         world.step(gripper_in_world, opening)
-        rgb, depth, label, _ = world.observe(intrinsics, cam_in_world, size, samples)
-        frames.append((rgb, (depth * 1000).round().astype(np.uint16), label))
-        states.append((world.gripper_in_world, world.opening))
-    if not world.success():
-        raise ValueError(f"the demonstration of task {task} with seed {seed} does not succeed")
-    rgb, depth, label = (np.stack(images, 1) for images in zip(*frames))        # (C,T,H,W[,3])
-    gripper_in_world, opening = (np.stack(values) for values in zip(*states))
-    save_episode(out, rgb, depth, label, intrinsics, cam_in_world, gripper_in_world, opening,
-                 np.arange(len(opening)) / HZ, dict(task=task, source="synthetic", seed=seed, rate_hz=HZ))
+        rgb, depth, label = world.film(intrinsics, cam_in_world, size, samples)
+        frames.append((rgb, (depth * 1000).round().astype(np.uint16), label, world.gripper_in_world, world.opening))
+    assert world.success(), f"the demonstration of task {task}, seed {seed} fails"
+    if out.exists():                                  # a worker whose parent was killed has finished it
+        return
+    *pictures, gripper_in_world, opening = zip(*frames)
+    save_episode(out, *(np.stack(x, 1) for x in pictures), intrinsics, cam_in_world, np.stack(gripper_in_world),
+                 np.stack(opening), dict(task=task, source="synthetic", seed=seed, rate_hz=HZ))
 
 
 def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None, samples=3):
-    """Render `episodes` episodes of a task into out/episode_000, ...; those already there stay. Returns how many."""
-    out = Path(out)
-    jobs = []
-    for number in range(episodes):
-        folder, episode_seed = out / f"episode_{number:03d}", seed * 1000 + number
-        if not folder.exists():
-            jobs.append((task, episode_seed, folder, size, samples))
-            continue
-        episode = load_episode(folder)
-        if (episode.info["source"] != "synthetic" or episode.info["seed"] != episode_seed
-                or episode.rgb.shape[2:4] != size):
-            raise ValueError(f"{folder} is another episode than the one asked for: choose another --out, "
-                             f"or delete {out}")
+    """Render the worlds seed * 1000, ... that `out` has not yet. Returns the new folders' names."""
+    there = {info["seed"] for info in packed_already(out, task, "synthetic", size).values()}
+    jobs = [(task, s, Path(out) / f"synthetic_{s:05d}", size, samples)
+            for s in range(seed * 1000, seed * 1000 + episodes) if s not in there]
+    progress = lambda done: tqdm(done, f"rendering synthetic episodes of task {task}", len(jobs), unit="episode")
     workers = min(workers or os.cpu_count(), len(jobs))
-    progress = tqdm(total=len(jobs), desc=f"rendering synthetic episodes of task {task}", unit="episode")
-    if workers <= 1:
-        for job in jobs:
+    if workers == 1:
+        for job in progress(jobs):
             synthetic_episode(*job)
-            progress.update()
-    else:                                             # spawned: a fork of a process with running threads may hang
+    elif workers:  # spawned: a fork of a process with running threads may hang
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(synthetic_episode, *job) for job in jobs]):
+            for done in progress(as_completed([pool.submit(synthetic_episode, *job) for job in jobs])):
                 done.result()
-                progress.update()
-    progress.close()
-    return episodes
+    return [job[2].name for job in jobs]
 
 
-# ------------------------------------------------------------------------------------------------ hub download
+# ------------------------------------ pictures and commands
 
-HUB_DATASET = "Zeyi/4dgen-dataset"
-NEEDED_FILES = ("observations.npz", "intrinsics.npz", "extrinsics.npz", "actions.npz", "metadata.yaml")
-# A packed episode against its download, at the same image size: public files are compressed, ours lie open for mapping.
-PACKED_GROWTH = 3
-
-
-def list_hub_episodes(task):
-    """Episodes of a task on the hub: {processed folder in the repo: {file name: bytes}}, of the files we need only."""
-    from huggingface_hub import HfApi
-    episodes = {}
-    for entry in HfApi().list_repo_tree(HUB_DATASET, TASKS[task].folder, recursive=True, repo_type="dataset"):
-        folder, _, name = entry.path.rpartition("/")
-        if folder.endswith("/processed") and name in NEEDED_FILES:
-            episodes.setdefault(folder, {})[name] = entry.size
-    natural = lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
-    complete = [folder for folder, files in episodes.items() if set(NEEDED_FILES[:3]) <= set(files)]
-    return {folder: episodes[folder] for folder in sorted(complete, key=natural)}
-
-
-def download_episodes(task, out, size, episodes=None, keep_raw=False):
-    """Download the first `episodes` public episodes of a task (None: all), one at a time, and pack each at size (H, W).
-
-    Only observations, intrinsics, extrinsics, actions and metadata are fetched, into out/raw, and deleted once packed
-    unless keep_raw. What is packed already is skipped, a broken download goes on where it stopped. Returns the number
-    packed in all. Raises ValueError, in one line, for a hub that can't be reached or read, and before anything is
-    fetched for a full disk.
-    """
-    from huggingface_hub import hf_hub_download
-    out = Path(out)
-
-    def refused(error):             # the client has a dozen error types for "no", "not now" and "not you"
-        return ValueError(f"cannot read {HUB_DATASET} on the hub ({type(error).__name__}): check the network; if it "
-                          f"asks for it, accept the terms at https://huggingface.co/datasets/{HUB_DATASET} and run "
-                          "`hf auth login`; or pass --source FOLDER of a local copy")
-    try:
-        found = list_hub_episodes(task)
-    except Exception as error:
-        raise refused(error) from None
-    if not found:
-        raise ValueError(f"{HUB_DATASET} lists no complete episode under {TASKS[task].folder}: "
-                         "pass --source FOLDER of a local copy")
-    name_of = lambda folder: "/".join(folder.split("/")[-4:-1])
-    packed = {load_episode(folder).info.get("name") for folder in out.glob("episode_*") if folder.suffix == ""}
-    todo = {folder: files for folder, files in list(found.items())[:episodes] if name_of(folder) not in packed}
-
-    sizes = [sum(files.values()) for files in todo.values()]
-    packed_bytes = sum(sizes) * PACKED_GROWTH * size[0] * size[1] / (480 * 640)
-    raw_bytes = sum(sizes) if keep_raw else max(sizes, default=0)
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free + sum(file.stat().st_size for file in (out / "raw").rglob("*") if file.is_file())
-    needed, stays = raw_bytes + packed_bytes, packed_bytes + keep_raw * raw_bytes
-    print(f"{HUB_DATASET}, task {task}: {len(found)} episodes, {len(packed)} packed here; {len(todo)} to download, "
-          f"{sum(sizes) / 1e9:.2f} GB; on disk at most {needed / 1e9:.2f} GB, about {stays / 1e9:.2f} GB of it to stay")
-    if needed > free:
-        raise ValueError(f"{out} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed: "
-                         f"give fewer --episodes, a smaller --size{' or no --keep_raw' * keep_raw}")
-
-    number = len(packed)
-    for folder, files in tqdm(todo.items(), desc="download and pack", unit="episode"):
-        try:
-            for name in files:
-                hf_hub_download(HUB_DATASET, f"{folder}/{name}", repo_type="dataset", local_dir=out / "raw")
-        except Exception as error:
-            raise refused(error) from None
-        pack_recorded(out / "raw" / folder, out / f"episode_{number:03d}", task, size)
-        number += 1
-        if not keep_raw:
-            shutil.rmtree(out / "raw")
-    return number
-
-
-# ------------------------------------------------------------------------------------------------ pictures and commands
-
-def preview(data, path, seed=0):
-    """A picture of one clip: RGB, labels and depth of two views, and both clouds in the reference camera's frame."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    draw = np.random.default_rng(seed)
-    episode = load_episode(draw.choice(episode_folders(data)))
-    start = int(draw.choice(moving_starts(episode, 10) or [0]))
-    cameras = draw.choice(len(episode.rgb), 2, replace=False)
-    stride = max(1, round(episode.rate_hz / CLIP_HZ))
-    last = min(start + 10 * stride, episode.rgb.shape[1] - 1)
-    own, valid = point_maps(episode.depth[cameras, start] / 1000, episode.intrinsics[cameras])          # (2, H, W, 3)
-    world_in_ref = invert(episode.cam_in_world[cameras[0], start])
-    points = transform(own, world_in_ref @ episode.cam_in_world[cameras, start])
+def preview(folder, path, seed=0):
+    """A picture of one clip: two views, labels and depth, and both clouds in the reference camera's frame."""
+    plt, draw = pyplot(), np.random.default_rng(seed)
+    episode = load_episode(draw.choice(episode_folders(folder)))
+    frames = max(1, min(FRAMES, (episode.frames - 1) // episode.stride))
+    start = int(draw.choice(moving_starts(episode, frames) or [0]))
+    cameras = draw.choice(episode.cameras, 2, replace=False)
+    clip = read_clip(episode, start, cameras, range(frames))
+    own, valid = point_maps(clip["observed_depth"], clip["intrinsics"])
+    points = transform(own, clip["true_view_in_ref"])                           # (2, H, W, 3)
     label_colors = np.array([[0.85, 0.85, 0.85], [0.8, 0.1, 0.1], [0.1, 0.3, 0.8], [0.1, 0.6, 0.2]])
 
-    picture = plt.figure(figsize=(20, 7), layout="constrained")
-    grid = picture.add_gridspec(2, 6, width_ratios=[1, 1, 1, 1.1, 1.1, 1.1])
-    for view, camera in enumerate(cameras):
-        panels = [("observed", episode.rgb[camera, start]),
-                  (f"{(last - start) / episode.rate_hz:g} s later", episode.rgb[camera, last]),
-                  ("grippers red, blue; object green", label_colors[episode.label[camera, start]]),
-                  ("depth, m", np.where(valid[view], own[view, ..., 2], np.nan))]
-        for column, (title, shown) in enumerate(panels):
-            axes = picture.add_subplot(grid[view, column])
-            drawn = axes.imshow(shown)
-            axes.set_title(f"camera {camera + 1}{' (reference)' if view == 0 else ''}: {title}", fontsize=9)
+    figure = plt.figure(figsize=(18, 17), layout="constrained")
+    figure.suptitle(f"{episode.folder}, frame {start}")
+    clouds = figure.add_subplot(2, 1, 2, projection="3d", title="the clouds in the reference camera's frame, m")
+    clouds.set(xlabel="x", ylabel="z", zlabel="-y")
+    for v, (camera, color) in enumerate(zip(cameras, ("tab:blue", "tab:orange"))):
+        panels = {"observed": clip["observed_rgb"][v], f"{frames / CLIP_HZ:g} s later": clip["true_rgb"][v, -1],
+                  "grippers red, blue; object green": label_colors[episode.label[camera, start]],
+                  "depth, m": np.where(valid[v], own[v, ..., 2], np.nan)}
+        for column, (title, image) in enumerate(panels.items()):
+            axes = figure.add_subplot(4, 4, 1 + 4 * v + column, title=f"camera {camera + 1}: {title}")
+            drawn = axes.imshow(image)
             axes.axis("off")
-        picture.colorbar(drawn, ax=axes, shrink=0.7)
-    for column, by_view in ((4, False), (5, True)):
-        axes = picture.add_subplot(grid[:, column], projection="3d")
-        for view, camera in enumerate(cameras):
-            cloud, colors = points[view][valid[view]], episode.rgb[camera, start][valid[view]] / 255
-            thin = np.random.default_rng(0).permutation(len(cloud))[:4000]
-            x, y, z = cloud[thin].T
-            axes.scatter(x, z, -y, c=["tab:blue", "tab:orange"][view] if by_view else colors[thin], s=2, linewidths=0)
-        axes.set_aspect("equal")
-        axes.view_init(elev=25, azim=-70)
-        axes.set(xlabel="x", ylabel="z", zlabel="-y")
-        axes.set_title("both clouds, reference frame" + (": one colour a view" if by_view else ": RGB"), fontsize=9)
-    picture.suptitle(f"{episode.folder}, frame {start}")
-    picture.savefig(path, dpi=80)
-    plt.close(picture)
+        figure.colorbar(drawn, ax=axes)
+        x, y, z = points[v][valid[v]].T
+        clouds.scatter(x, z, -y, c=color, s=6, linewidths=0, label=f"camera {camera + 1}")
+    clouds.set_aspect("equal")
+    clouds.legend()
+    with writing(path) as partial:
+        figure.savefig(partial, dpi=60, format="png")
+    plt.close(figure)
 
 
 def parse_size(text):
     """'256x320' -> (256, 320), height first."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"'{text}' is not HEIGHTxWIDTH, such as 256x320")
-    return int(match[1]), int(match[2])
+    return tuple(map(int, text.split("x")))
 
 
 def prepare(task, out, source="synthetic", size=(64, 80), episodes=None, seed=0, workers=None, keep_raw=False):
-    """Make the packed episodes of a task in `out` from one of the three sources. Returns how many there are."""
+    """Make the packed episodes of a task in `out` from one of the three sources."""
     if source == "synthetic":
-        return make_synthetic(task, out, episodes or 25, size, seed, workers)
-    if source == "hub":
-        return download_episodes(task, out, size, episodes, keep_raw)
-    if not Path(source).is_dir():
-        raise ValueError(f"--source {source}: no such folder (or say synthetic, or hub)")
-    return pack_folder(source, task, out, size, episodes)
+        new = make_synthetic(task, out, episodes or 25, size, seed, workers)
+    elif source == "hub":
+        new = download_episodes(task, out, size, episodes, keep_raw)
+    else:
+        new = pack_folder(source, task, out, size, episodes)
+        for name in new:
+            report(Path(out) / name, brief=name != new[0])
+    print(f"{out}: {len(episode_folders(out))} episodes of task {task} ({TASKS[task].name}), source: {source}, "
+          f"{len(new)} of them new")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--task", type=int, default=1, choices=TASKS,
-                        help="; ".join(f"{k} {t.name}" for k, t in TASKS.items()))
-    parser.add_argument("--source", default="synthetic", help="synthetic, hub, or a folder of recorded episodes")
-    parser.add_argument("--out", help="folder of the packed episodes [data/task_N]")
-    parser.add_argument("--size", type=parse_size, default=(64, 80), help="HEIGHTxWIDTH in pixels of what is packed")
-    parser.add_argument("--episodes", type=int, help="at most this many episodes [synthetic: 25, others: all]")
-    parser.add_argument("--seed", type=int, default=0, help="of the synthetic episodes")
-    parser.add_argument("--workers", type=int, help="processes that render [one a core]")
-    parser.add_argument("--keep_raw", action="store_true", help="hub: keep what was downloaded, in OUT/raw")
-    parser.add_argument("--preview", action="store_true",
-                        help="write OUT/preview.png; makes the data first if there is none")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--task", type=int, default=1, choices=TASKS, help="; ".join(f"{k} {t.name}" for k, t in TASKS.items()))
+    add("--source", default="synthetic", help="synthetic, hub, or a folder of recorded episodes [synthetic]")
+    add("--out", type=Path, help="folder of the packed episodes [data/task_N]")
+    add("--size", type=parse_size, default=(64, 80), help="HEIGHTxWIDTH in pixels of what is packed [64x80]")
+    add("--episodes", type=int, help="at most this many [synthetic: 25, others: all]")
+    add("--seed", type=int, default=0, help="of the synthetic episodes and of the preview [0]")
+    add("--workers", type=int, help="processes that render [one a core]")
+    add("--keep_raw", action="store_true", help="hub: keep what is downloaded, in OUT/raw")
+    add("--preview", action="store_true", help="write OUT/preview.png; makes the data first if there is none")
     args = parser.parse_args()
-    for flag in ("episodes", "workers"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
-    out = Path(args.out or f"data/task_{args.task}")
-    if not (args.preview and any(out.glob("*/episode.json"))):
-        count = prepare(args.task, out, args.source, args.size, args.episodes, args.seed, args.workers, args.keep_raw)
-        print(f"{out}: {count} episodes of task {args.task} ({TASKS[args.task].name}), source: {args.source}")
-    if args.preview:
+    if any(number is not None and number < 1 for number in (args.episodes, args.workers)):
+        raise ValueError("--episodes and --workers must be at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, not {args.seed}")
+    out = args.out or Path(f"data/task_{args.task}")
+    if not args.preview or not packed_folders(out):
+        prepare(args.task, out, args.source, args.size, args.episodes, args.seed, args.workers, args.keep_raw)
+    if args.preview or args.source not in ("synthetic", "hub"):
         preview(out, out / "preview.png", args.seed)
         print(f"picture: {out / 'preview.png'}")
 

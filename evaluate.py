@@ -1,31 +1,28 @@
-"""Scores 4D predictions: the paper's metrics, its baselines, its ablation, and rollouts in the synthetic world.
+"""Scores 4D predictions: the paper's metrics, its baselines, its ablation, and a closed loop in the synthetic world.
 
-    python evaluate.py --task 1                        # sample every test clip, track, score: runs/task_1/evaluation/
-    python evaluate.py --predictions DIR               # score anybody's DIR/NAME/prediction.npz files
-    python evaluate.py --task 1 --ablation             # train and score the four rows of the published table
-    python evaluate.py --task 1 --rollout 30           # closed loop in the synthetic world, success rates
+    python evaluate.py --task 1 --clips 8                 # sample, track and score held-out clips
+    python evaluate.py --predictions DIR                  # score every prediction.npz below DIR, whoever made it
+    python evaluate.py --task 1 --ablation --minutes 30   # train the four rows of the published table alike, score them
+    python evaluate.py --task 1 --rollout 20 --execute 4  # observe, generate, track, act on 4 frames, observe again
 
-The first two write results.json, results.md, horizon.png and worst.png. Beside every method stand rows that it must be
-read against: the last frame repeated, the ground truth, and the ground truth through the VAEs.
+Most of a tabletop stands still, where repeating the last frame is hard to beat: read that row beside every method, and
+the columns of what moves, of the hand, and of what stays.
 
-Letters   V views (0 is the reference, n in the paper; the others are m), T predicted frames, A arms, N anything,
-          H W pixels, D features
-Units     metres, radians and pixels in every function; the tables print millimetres and degrees
-Moving    pixels whose true point is more than 2 cm from where it was in the observed frame. Most of a tabletop stands
-          still, and repeating the last frame is hard to beat there: read the moving columns.
+Letters   V views (0 is the reference, n in the paper; the others are m), T predicted frames, F = T + 1 with the
+          observed one, A arms, H W pixels, N anything, D features
+Units     metres, degrees, dB and pixels in every function; the tables print millimetres
 
-References: the method, arXiv 2507.01099; SSIM, Wang et al. 2004; FVD, arXiv 1812.01717; AbsRel and delta, Eigen et al.,
-arXiv 1406.2283; ADD, Hinterstoisser et al. 2012; Wilson's interval, Brown et al., Statistical Science 16 (2001).
+References: the method, arXiv 2507.01099; SSIM, Wang et al. 2004; AbsRel and delta, arXiv 1406.2283; FVD, arXiv
+1812.01717; MMD with a polynomial kernel, arXiv 1801.01401; Wilson's interval, Brown et al., Statistical Science 2001.
 """
 import argparse
 import copy
+import hashlib
 import json
 import re
-import shutil
 import subprocess
 import sys
-import zlib
-from itertools import permutations
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,364 +35,17 @@ from tqdm import tqdm
 import data
 import sample
 import track
+from data import invert, pose_errors, read_npz, transform, truth_row, write_json, write_npz
 
-MOVING = 0.02               # metres a point must have moved to count as moving
-SAME_SURFACE = 0.02         # metres within which two views' points count as the same piece of surface
-FEWEST_SEEN = 10            # gripper pixels both views must share for the cross-view mIoU of a frame to be defined
-I3D_REPO, I3D_FILE = "flateon/FVD-I3D-torchscript", "i3d_torchscript.pt"
+SAME_COLOUR = 10            # of 255, up to which a still pixel's colour counts as unchanged: no shadow came or went
+NEAR = 0.03                 # m within which a point is on the hand
+TRACKED = 0.02, 10          # m and degrees within which a hand counts as tracked
+SAME_SURFACE = 0.02         # m within which two views' points are the same piece of surface
+FEWEST_SEEN = 10            # gripper pixels that make a frame one that shows the hand
+I3D = "flateon/FVD-I3D-torchscript", "i3d_torchscript.pt"         # on the hub
 
 
-# --------------------------------------------------------------------------------------------------------- images
-
-def per_image(values, chosen):
-    """Mean of values (N, ...) over the chosen pixels (N, ...) of each image, then over the images that have any."""
-    means = [v[c].mean() for v, c in zip(values, chosen) if c.any()]
-    return float(np.mean(means)) if means else float("nan")
-
-
-def psnr(pred, true, valid=None):
-    """10 log10(1 / MSE) of images (N, H, W, 3) in [0, 1], in dB, mean over N; over the pixels valid (N, H, W) if given.
-
-    Identical images give infinity.
-    """
-    error = (np.asarray(pred, np.float64) - np.asarray(true, np.float64)) ** 2                  # (N, H, W, 3)
-    valid = np.ones(error.shape[:3], bool) if valid is None else np.asarray(valid)
-    mse = np.array([e[v].mean() for e, v in zip(error, valid) if v.any()])
-    with np.errstate(divide="ignore"):
-        return float(np.mean(-10 * np.log10(mse))) if len(mse) else float("nan")
-
-
-def ssim(pred, true, valid=None):
-    """Structural similarity (Wang et al. 2004, eq. 13) of images (N, H, W, 3) in [0, 1], mean over N; 1 is identical.
-
-    Gaussian window, sigma 1.5, 11 x 11; population covariance; mean over channels and over the pixels whose whole
-    window lies in the image (and that are in `valid` (N, H, W), if given).
-    """
-    x, y = np.asarray(pred, np.float64), np.asarray(true, np.float64)
-    c1, c2 = 0.01 ** 2, 0.03 ** 2
-    blur = lambda image: gaussian_filter(image, (0, 1.5, 1.5, 0), truncate=3.5)
-    mu_x, mu_y = blur(x), blur(y)                                                               # (N, H, W, 3)
-    var_x, var_y, cov = blur(x * x) - mu_x ** 2, blur(y * y) - mu_y ** 2, blur(x * y) - mu_x * mu_y
-    similarity = ((2 * mu_x * mu_y + c1) * (2 * cov + c2)) / ((mu_x ** 2 + mu_y ** 2 + c1) * (var_x + var_y + c2))
-    inner = np.zeros(x.shape[:3], bool)
-    inner[:, 5:-5, 5:-5] = True
-    return per_image(similarity.mean(-1), inner if valid is None else inner & np.asarray(valid))
-
-
-# ----------------------------------------------------------------------------------------------- depth and points
-
-def abs_rel(pred_z, true_z, valid=None):
-    """mean |pred - true| / true over valid pixels (Eigen et al. 2014). Depths in metres, any shape; 0 is ideal.
-
-    A true depth that is not a positive number is never valid. A wrong prediction is, whatever its sign.
-    """
-    p, g = depth_pairs(pred_z, true_z, valid)
-    return float(np.mean(np.abs(p - g) / g)) if len(g) else float("nan")
-
-
-def delta1(pred_z, true_z, valid=None):
-    """Share of valid pixels with max(pred / true, true / pred) < 1.25 (Eigen et al. 2014); 1 is ideal."""
-    p, g = depth_pairs(pred_z, true_z, valid)
-    # As products: a p behind the camera makes both quotients negative, and so less than 1.25.
-    return float(np.mean((p < 1.25 * g) & (g < 1.25 * p))) if len(g) else float("nan")
-
-
-def depth_pairs(pred_z, true_z, valid):
-    """The scored depths as two vectors: where the truth is a positive number and `valid` (if given) holds."""
-    p, g = np.asarray(pred_z, np.float64), np.asarray(true_z, np.float64)
-    measured = np.isfinite(g) & (g > 0)
-    valid = measured if valid is None else measured & np.asarray(valid, bool)
-    return p[valid], g[valid]
-
-
-def released_masking(pred_points, true_points, valid, view_in_ref):
-    """The released script's depth protocol: (pred_z, true_z, valid) of pointmaps (T, H, W, 3) of one view.
-
-    There a pixel without depth is left at its camera's centre before the change of frame, so for view m it becomes the
-    camera's position in the reference frame, a point that no surface has; what counts is only that both z are positive.
-    """
-    true_z = np.where(valid, true_points[..., 2], view_in_ref[2, 3])
-    pred_z = pred_points[..., 2]
-    return pred_z, true_z, (pred_z > 0) & (true_z > 0)
-
-
-def point_error(pred, true, valid):
-    """Mean Euclidean distance (m) between pointmaps (..., H, W, 3) over valid pixels (..., H, W)."""
-    distance = np.linalg.norm(pred - true, axis=-1)[valid]
-    return float(distance.mean()) if len(distance) else float("nan")
-
-
-def chamfer(a, b, most=4000):
-    """Chamfer distance (m) of clouds (N, 3), (M, 3): mean distance to the other's nearest point, average of both ways.
-
-    Clouds of more than `most` points are thinned evenly. NaN if one of them is empty.
-    """
-    if not len(a) or not len(b):
-        return float("nan")
-    a, b = (cloud[np.linspace(0, len(cloud) - 1, min(len(cloud), most)).astype(int)] for cloud in (a, b))
-    return float((cKDTree(b).query(a)[0].mean() + cKDTree(a).query(b)[0].mean()) / 2)
-
-
-def moving(true_points, first_points, valid, first_valid):
-    """Pixels (T, H, W) whose true point (T, H, W, 3) is more than 2 cm from its first frame's (H, W, 3)."""
-    return valid & first_valid & (np.linalg.norm(true_points - first_points, axis=-1) > MOVING)
-
-
-def flicker(pred, still):
-    """Mean change |x_(t+1) - x_t| from frame to frame of (T, H, W, 3), over pixels that stand still in the truth.
-
-    still: (T, H, W). The unit is that of the input; a world at rest has 0.
-    """
-    change = np.linalg.norm(np.diff(np.asarray(pred, np.float64), axis=0), axis=-1)             # (T - 1, H, W)
-    change = change[still[1:] & still[:-1]]
-    return float(change.mean()) if len(change) else float("nan")
-
-
-# --------------------------------------------------------------------------------------- distributions of videos
-
-def frechet_distance(a, b):
-    """Squared Frechet distance of the Gaussians fitted to features a (N, D), b (M, D); 0 is ideal (arXiv 1706.08500).
-
-    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S = X^T X the sample covariances (ddof 1) of centred
-    features X. S_a S_b has the eigenvalues of (X_a X_b^T)(X_a X_b^T)^T, so the trace of its root is the sum of the
-    singular values of X_a X_b^T: no root of a matrix, no complex numbers, and singular covariances (few clips, 400
-    features) lose no digits.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if len(a) < 2 or len(b) < 2:
-        raise ValueError(f"frechet_distance needs two samples in each set, got {len(a)} and {len(b)}")
-    x_a, x_b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
-    trace_of_root = np.linalg.svd(x_a @ x_b.T, compute_uv=False).sum()
-    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + (x_a ** 2).sum() + (x_b ** 2).sum() - 2 * trace_of_root
-    return float(max(0.0, distance))                            # rounding can leave -1e-13
-
-
-def load_i3d(source="cached"):
-    """The Kinetics-400 I3D that FVD is defined by, as TorchScript. source: 'hub' (download), 'cached' or a file.
-
-    Returns None for 'cached' when the hub's file was never downloaded.
-    """
-    if source in ("hub", "cached"):
-        from huggingface_hub import hf_hub_download
-        try:
-            source = hf_hub_download(I3D_REPO, I3D_FILE, local_files_only=source == "cached")
-        except Exception as error:                      # offline, gated, not cached: the hub has a class for each
-            if source == "cached":
-                return None
-            raise ValueError(f"--i3d hub: {I3D_REPO}/{I3D_FILE} cannot be had ({str(error).splitlines()[0]}): copy the "
-                             "file here and give --i3d FILE") from None
-    try:
-        return torch.jit.load(source, map_location="cpu").eval()
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"--i3d {source} is not a TorchScript file ({str(error).splitlines()[0]})") from None
-
-
-@torch.no_grad()
-def i3d_features(i3d, videos):
-    """(N, 400) I3D logits of videos (N, T, H, W, 3) uint8, resized to 224 x 224, in [-1, 1]; T >= 10."""
-    x = torch.as_tensor(np.asarray(videos)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1          # (N, T, 3, H, W)
-    n, t = x.shape[:2]
-    x = F.interpolate(x.flatten(0, 1), (224, 224), mode="bilinear", antialias=True).unflatten(0, (n, t))
-    one = lambda video: i3d(video.transpose(0, 1)[None], rescale=False, resize=False, return_features=True)
-    return torch.cat([one(video) for video in x]).double().numpy()
-
-
-def fvd(pred_features, true_features):
-    """Frechet video distance (arXiv 1812.01717) between two sets of clips' I3D features (N, 400); NaN for one clip."""
-    return frechet_distance(pred_features, true_features) if len(pred_features) > 1 else float("nan")
-
-
-def fvd_per_clip(pred_features, true_features):
-    """The released script's number: a 'Frechet distance' of one clip against one clip, averaged over clips.
-
-    One sample has no covariance, so what is left is the squared distance of the two features. Not comparable with fvd.
-    """
-    return float(((np.asarray(pred_features) - np.asarray(true_features)) ** 2).sum(-1).mean())
-
-
-# -------------------------------------------------------------------------------------------- agreement of views
-
-def seen_by(points_in_cam, z_of_cam, intrinsics):
-    """Which points (..., 3) in a camera's frame lie on the surface that camera sees, to 2 cm. z_of_cam: (H, W) m."""
-    height, width = z_of_cam.shape
-    in_front = points_in_cam[..., 2] > 1e-3
-    pixels, z = data.project(np.where(in_front[..., None], points_in_cam, 1.0), intrinsics)
-    column, row = np.moveaxis(np.rint(pixels).astype(int), -1, 0)
-    inside = in_front & (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    return inside & (np.abs(z_of_cam[row.clip(0, height - 1), column.clip(0, width - 1)] - z) < SAME_SURFACE)
-
-
-def cross_view_miou(points, gripper_n, gripper_m, intrinsics_n, intrinsics_m, ref_in_m, z_m=None, seen=None, slack=0):
-    """IoU of the gripper's mask in view n, carried into camera m by n's predicted points, with m's own mask: (T,).
-
-    points (T,H,W,3): view n's pointmap, reference frame (= n's camera); gripper_n, gripper_m (T,H,W) bool; ref_in_m
-    (4,4): the true camera m, needed for scoring only. Every pixel of n is cut into 3 x 3 (otherwise a near n leaves
-    holes in m), all of them are splatted into m with a z-buffer, and the nearest decides what m's pixel shows.
-
-    As it stands this is the paper's metric, whose ceiling is far below 1: what m sees of the hand and n does not can
-    never be covered, and a mask of 60 pixels is half boundary. For a metric on which the truth scores >= 0.9, give
-      z_m (T,H,W)     true depth of view m: a splat more than 3 cm behind what m sees is hidden, and does not count;
-      seen (T,H,W)    pixels of m that n truly sees (seen_by): only these can be missed;
-      slack           pixels by which either mask may be off.
-    """
-    t, height, width = gripper_m.shape
-    cut = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), -1).reshape(-1, 2) / 3                  # (9, 2) = (du, dv)
-    focal = np.array([intrinsics_n[0, 0], intrinsics_n[1, 1]])
-    grow = lambda mask: binary_dilation(mask, np.ones((3, 3)), iterations=slack) if slack else mask
-    ious = np.zeros(t)
-    for i in range(t):
-        shift = cut[:, None, None] / focal * points[i, ..., 2:]                                 # (9, H, W, 2) metres
-        fine = points[i] + np.concatenate([shift, np.zeros((9, height, width, 1))], -1)         # (9, H, W, 3)
-        shown, z = z_buffer(data.transform(fine, ref_in_m), np.broadcast_to(gripper_n[i], fine.shape[:3]), intrinsics_m,
-                            (height, width))
-        if z_m is not None:
-            shown &= z < np.where(z_m[i] > 0, z_m[i], np.inf) + 0.03
-        own = gripper_m[i]
-        hit = (shown & grow(own)).sum()
-        wrong = (shown & ~grow(own)).sum()
-        missed = ((own if seen is None else own & seen[i]) & ~grow(shown)).sum()
-        ious[i] = hit / (hit + wrong + missed) if hit + wrong + missed else np.nan
-    return ious
-
-
-def z_buffer(points_in_cam, carried, intrinsics, size):
-    """What the nearest point on each pixel carries, (H, W) bool (False: no point), and its z (inf: no point)."""
-    in_front = points_in_cam[..., 2] > 1e-3
-    points, carried = points_in_cam[in_front], carried[in_front]                                # (N, 3), (N,)
-    pixels, z = data.project(points, intrinsics)
-    column, row = np.rint(pixels).astype(int).T
-    inside = (column >= 0) & (column < size[1]) & (row >= 0) & (row < size[0])
-    column, row, z, carried = column[inside], row[inside], z[inside], carried[inside]
-    far_first = np.argsort(-z)                                  # of repeated pixels numpy keeps the last written
-    shown, nearest = np.zeros(size, bool), np.full(size, np.inf)
-    shown[row[far_first], column[far_first]] = carried[far_first]
-    nearest[row[far_first], column[far_first]] = z[far_first]
-    return shown, nearest
-
-
-def pose_errors(pred_in_ref, true_in_ref):
-    """Translation (m) and rotation angle (rad) between poses (..., 4, 4): two arrays (...,).
-
-    The angle of R = R_pred^T R_true from sine and cosine: exact for small angles, where arccos loses half the digits.
-    """
-    pred_in_ref, true_in_ref = np.asarray(pred_in_ref, np.float64), np.asarray(true_in_ref, np.float64)
-    translation = np.linalg.norm(pred_in_ref[..., :3, 3] - true_in_ref[..., :3, 3], axis=-1)
-    R = pred_in_ref[..., :3, :3].mT @ true_in_ref[..., :3, :3]
-    skew = np.stack([R[..., 2, 1] - R[..., 1, 2], R[..., 0, 2] - R[..., 2, 0], R[..., 1, 0] - R[..., 0, 1]], -1)
-    return translation, np.arctan2(np.linalg.norm(skew, axis=-1), np.trace(R, axis1=-2, axis2=-1) - 1)
-
-
-# ------------------------------------------------------------------------------------------------------- grippers
-
-def add_distance(pred_in_ref, pred_opening, true_in_ref, true_opening):
-    """ADD (Hinterstoisser et al. 2012): mean distance (m) of the gripper's model points at the two poses and openings.
-
-    Poses (..., 4, 4), openings (...,) in metres -> (...,).
-    """
-    place = lambda in_ref, opening: data.transform(gripper_points(opening), np.asarray(in_ref, np.float64))
-    return np.linalg.norm(place(pred_in_ref, pred_opening) - place(true_in_ref, true_opening), axis=-1).mean(-1)
-
-
-def gripper_points(opening):
-    """Vertices of hand and fingers in the hand frame at openings (...,) -> (..., N, 3)."""
-    opening = np.asarray(opening, np.float64)[..., None, None]
-    parts = data.gripper_mesh()
-    hand, finger = parts["hand"][0], parts["finger"][0]
-    slide = opening / 2 * np.array([0.0, 1.0, 0.0])
-    left, right = finger + slide, finger * [-1, -1, 1] - slide                                  # right: 180 deg about z
-    return np.concatenate([np.broadcast_to(hand, (*opening.shape[:-2], *hand.shape)), left, right], -2)
-
-
-def wilson_interval(successes, trials, z=1.96):
-    """Wilson's 95 % interval of a success rate (Brown et al. 2001, eq. 4); honest at 0 and 1, unlike +- 1.96 sigma."""
-    if not trials:
-        return 0.0, 1.0
-    p, n = successes / trials, trials
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-# ---------------------------------------------------------------------------------------- scoring one prediction.npz
-
-def load_prediction(path):
-    """prediction.npz as a dict of arrays, checked. Raises ValueError naming the file and the key."""
-    path = Path(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            p = {key: file[key] for key in file}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as an npz file ({error})") from None
-    for key in ("rgb", "intrinsics", "observed_rgb", "observed_depth"):
-        if key not in p:
-            raise ValueError(f"{path} has no array '{key}' (sample.py's docstring lists them)")
-    v, t, h, w = p["rgb"].shape[:4] if p["rgb"].ndim == 5 else (0, 0, 0, 0)
-    shapes = dict(rgb=(v, t, h, w, 3), points=(v, t, h, w, 3), valid=(v, t, h, w), intrinsics=(v, 3, 3),
-                  view_in_ref=(v, 4, 4), observed_rgb=(v, h, w, 3), observed_depth=(v, h, w))
-    for key in p:
-        wanted = shapes.get(key.removeprefix("true_"))
-        if wanted and p[key].shape != wanted:
-            raise ValueError(f"{path}: '{key}' has shape {p[key].shape}, expected {wanted} (V, T, H, W as in 'rgb')")
-    if "true_rgb" not in p:
-        raise ValueError(f"{path} holds no ground truth ('true_rgb', 'true_points', ...) to score against")
-    return p
-
-
-def score(p, masks=None, trajectory=None, protocol="ours"):
-    """All metrics of one prediction: {name: (T,) values over the horizon, or one number}, metres, radians and dB.
-
-    p: the arrays of prediction.npz with its true_ keys. masks: (V, T, H, W) bool, the gripper in each generated view.
-    trajectory: track.py's arrays for this video. What is not known is left out, not guessed. `-n` is view 0, `-m` the
-    mean of the others. protocol 'released' masks depth as the authors' script does (see released_masking).
-    """
-    views, frames = p["rgb"].shape[:2]
-    rgb, true_rgb = p["rgb"] / 255.0, p["true_rgb"] / 255.0
-    geometry = "true_points" in p
-    if geometry:
-        true, valid, view_in_ref = p["true_points"], p["true_valid"], p["true_view_in_ref"]
-        observed, observed_valid = data.point_maps(p["observed_depth"], p["intrinsics"])
-        first = data.transform(observed, view_in_ref)                                           # (V, H, W, 3) in ref
-        moves = np.stack([moving(true[v], first[v], valid[v], observed_valid[v]) for v in range(views)])
-    values = {}
-
-    def add(name, per_view_and_frame):
-        """per_view_and_frame(v, t) -> number, for -n and (averaged over the other views) -m."""
-        table = np.array([[per_view_and_frame(v, t) for t in range(frames)] for v in range(views)])     # (V, T)
-        values[name + "-n"] = table[0]
-        if views > 1:
-            values[name + "-m"] = mean(table[1:], 0)
-
-    one = lambda images, v, t: images[v, t:t + 1]
-    add("psnr", lambda v, t: psnr(one(rgb, v, t), one(true_rgb, v, t)))
-    add("ssim", lambda v, t: ssim(one(rgb, v, t), one(true_rgb, v, t)))
-    if not geometry:
-        return values
-    add("psnr_moving", lambda v, t: psnr(one(rgb, v, t), one(true_rgb, v, t), one(moves, v, t)))
-    add("ssim_moving", lambda v, t: ssim(one(rgb, v, t), one(true_rgb, v, t), one(moves, v, t)))
-    values["flicker_rgb"] = mean([255 * flicker(rgb[v], valid[v] & ~moves[v]) for v in range(views)])
-    if trajectory is not None and "true_gripper_in_ref" in p:
-        values.update(score_gripper(trajectory, p["true_gripper_in_ref"], p["true_opening"], p.get("true_gripper")))
-    if "points" not in p:
-        return values
-
-    points = p["points"]
-    for metric in (abs_rel, delta1):
-        if protocol == "released":
-            add(metric.__name__, lambda v, t: metric(*released_masking(points[v, t], true[v, t], valid[v, t],
-                                                                       view_in_ref[v])))
-        else:
-            add(metric.__name__, lambda v, t: metric(points[v, t, ..., 2], true[v, t, ..., 2], valid[v, t]))
-        add(metric.__name__ + "_moving", lambda v, t: metric(points[v, t, ..., 2], true[v, t, ..., 2], moves[v, t]))
-    add("points", lambda v, t: point_error(points[v, t], true[v, t], valid[v, t]))
-    add("points_moving", lambda v, t: point_error(points[v, t], true[v, t], moves[v, t]))
-    values["chamfer"] = np.array([chamfer(points[:, t][p["valid"][:, t]], true[:, t][valid[:, t]])
-                                  for t in range(frames)])
-    values["flicker"] = mean([flicker(points[v], valid[v] & ~moves[v]) for v in range(views)])
-    errors = [pose_errors(p["view_in_ref"][v], view_in_ref[v]) for v in range(1, views)]
-    values["camera_m"], values["camera_rad"] = mean([e[0] for e in errors]), mean([e[1] for e in errors])
-    values.update(score_views(p, masks))
-    return values
-
+# ------------------------------------------------------------------------------------------------ images and depths
 
 def mean(values, axis=None):
     """Mean of what is known; NaN, without a warning, where nothing is."""
@@ -405,789 +55,743 @@ def mean(values, axis=None):
         return np.where(known, values, 0).sum(axis) / known.sum(axis)
 
 
-def score_views(p, masks):
-    """Agreement of the views' clouds where both truly see, and the two cross-view mIoUs: {name: (T,) values}."""
-    true, valid, points = p["true_points"], p["true_valid"], p["points"]
-    views, frames = valid.shape[:2]
-    true_gripper = p["true_gripper"].any(2) if "true_gripper" in p else None                    # (V, T, H, W)
-    agreement, truths, miou, miou_paper = [], [], [], []
-    for v in range(1, views):
-        ref_in_m = data.invert(p["true_view_in_ref"][v].astype(np.float64))
-        z_n = true[0, ..., 2] * valid[0]                                                        # (T, H, W), 0: unknown
-        z_m = data.transform(true[v], ref_in_m)[..., 2] * valid[v]
-        n_seen = np.stack([valid[0, t] & seen_by(data.transform(true[0, t], ref_in_m), z_m[t], p["intrinsics"][v])
-                           for t in range(frames)])
-        m_seen = np.stack([valid[v, t] & seen_by(true[v, t], z_n[t], p["intrinsics"][0]) for t in range(frames)])
-        both = lambda cloud: [chamfer(cloud[0, t][n_seen[t]], cloud[v, t][m_seen[t]]) for t in range(frames)]
-        agreement.append(both(points))
-        truths.append(both(true))
-        if masks is None:
-            continue
-        scored = (masks[v] if true_gripper is None else true_gripper[v]) & m_seen
-        defined = np.where(scored.sum((1, 2)) >= FEWEST_SEEN, 1, np.nan)                        # (T,)
-        cameras = p["intrinsics"][0], p["intrinsics"][v], ref_in_m
-        miou.append(defined * cross_view_miou(points[0], masks[0], masks[v], *cameras, z_m, m_seen, slack=1))
-        miou_paper.append(cross_view_miou(points[0], masks[0], masks[v], *cameras))
-    if views == 1:
-        return {}
-    values = dict(agreement=mean(agreement, 0), agreement_ratio=mean(agreement, 0) / mean(truths, 0))
-    if miou:
-        values.update(miou=mean(miou, 0), miou_paper=mean(miou_paper, 0))
+def psnr(pred, true, valid=None):
+    """10 log10(1 / MSE) in dB of images (..., H, W, 3) in [0, 1], mean over images; over valid (..., H, W) if given.
+    Identical images have 100 dB, so that means stay finite."""
+    error = ((np.asarray(pred, np.float64) - true) ** 2).reshape(-1, *pred.shape[-3:])  # (N, H, W, 3)
+    valid = np.ones(error.shape[:3], bool) if valid is None else np.reshape(valid, error.shape[:3])
+    return float(mean([-10 * np.log10(max(e[v].mean(), 1e-10)) for e, v in zip(error, valid) if v.any()]))
+
+
+def ssim(pred, true):
+    """Structural similarity (Wang et al. 2004, eq. 13) of images (..., H, W, 3) in [0, 1]; 1 is identical. Gaussian
+    window, sigma 1.5, 11 x 11; mean over the pixels whose whole window is in the image."""
+    x, y = (np.asarray(image, np.float64).reshape(-1, *pred.shape[-3:]) for image in (pred, true))
+    c_1, c_2 = 0.01 ** 2, 0.03 ** 2
+    blur = lambda image: gaussian_filter(image, (0, 1.5, 1.5, 0), truncate=3.5)[:, 5:-5, 5:-5]
+    mu_x, mu_y = blur(x), blur(y)  # (N, H-10, W-10, 3)
+    var_x, var_y, cov = blur(x * x) - mu_x ** 2, blur(y * y) - mu_y ** 2, blur(x * y) - mu_x * mu_y
+    alike = (2 * mu_x * mu_y + c_1) * (2 * cov + c_2) / ((mu_x ** 2 + mu_y ** 2 + c_1) * (var_x + var_y + c_2))
+    return float(alike.mean())
+
+
+def depth_pairs(pred_z, true_z, valid):
+    """The scored depths as two vectors: where the truth is a positive number and `valid` (if given) holds. A wrong
+    prediction is scored whatever its sign."""
+    p, g = np.asarray(pred_z, np.float64), np.asarray(true_z, np.float64)
+    chosen = np.isfinite(g) & (g > 0) & (True if valid is None else np.asarray(valid, bool))
+    return p[chosen], g[chosen]
+
+
+def abs_rel(pred_z, true_z, valid=None):
+    """mean |pred - true| / true over valid pixels (Eigen et al. 2014), any shape; 0 is ideal."""
+    p, g = depth_pairs(pred_z, true_z, valid)
+    return float(mean(np.abs(p - g) / g))
+
+
+def delta1(pred_z, true_z, valid=None):
+    """Share of valid pixels with max(pred / true, true / pred) < 1.25 (Eigen et al. 2014); 1 is ideal."""
+    p, g = depth_pairs(pred_z, true_z, valid)
+    return float(mean((p < 1.25 * g) & (g < 1.25 * p)))      # as products: of a p < 0 both quotients are below 1.25
+
+
+def chamfer(a, b, most=4000):
+    """Mean distance (m) of clouds (N, 3), (M, 3) to the other's nearest point, average of both ways; large clouds are
+    thinned evenly. NaN if one is empty."""
+    if not len(a) or not len(b):
+        return float("nan")
+    a, b = (cloud[np.linspace(0, len(cloud) - 1, min(len(cloud), most)).astype(int)] for cloud in (a, b))
+    return float((cKDTree(b).query(a)[0].mean() + cKDTree(a).query(b)[0].mean()) / 2)
+
+
+def still_error(pred, true, still, most=1000):
+    """Median distance (m) of still pixels' points (H, W, 3) from the truth, once the view's rigid drift is taken back:
+    a view that lies wrong as a whole is the camera's error, this is what trembles on top of it."""
+    chosen = np.flatnonzero(still)[::max(1, still.sum() // most)]
+    if len(chosen) < 3:
+        return float("nan")
+    true, pred = (x.reshape(-1, 3)[chosen] for x in (true, pred))  # (N, 3)
+    drift = sample.recover_view_in_ref(true, np.ones(len(true), bool), pred[None])
+    return float(np.median(np.linalg.norm(pred - transform(true, drift), axis=-1)))
+
+
+# ------------------------------------------------------------------------------------------------ videos and views
+
+def frechet_distance(a, b):
+    """Squared Frechet distance of the Gaussians fitted to features a (N, D), b (M, D); 0 is ideal (arXiv 1706.08500):
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S = X^T X the sample covariances of centred features X.
+
+    The trace of the root is the sum of the singular values of X_a X_b^T, for S_a S_b has their squares as eigenvalues:
+    no root of a matrix, and singular covariances (few clips, 400 features) lose no digits.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if len(a) < 2 or len(b) < 2:
+        raise ValueError(f"frechet_distance needs two samples in each set, got {len(a)} and {len(b)}")
+    x_a, x_b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
+    trace_of_root = np.linalg.svd(x_a @ x_b.T, compute_uv=False).sum()
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + (x_a ** 2).sum() + (x_b ** 2).sum() - 2 * trace_of_root
+    return float(max(0.0, distance))  # rounding can leave -1e-13
+
+
+def polynomial_mmd(a, b):
+    """Unbiased squared MMD of paired features a, b (N, D), kernel (x.y / D + 1)^3 (arXiv 1801.01401). It does not fall
+    as clips are added, as Frechet's does. Pairs (i, i) are left out: a clip and its truth are not independent."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # (N, N)
+    h = kernel(a, a) + kernel(b, b) - kernel(a, b) - kernel(b, a)
+    return float((h.sum() - np.trace(h)) / (len(a) * (len(a) - 1)))
+
+
+def load_i3d(file=None):
+    """The Kinetics-400 I3D that defines FVD, as TorchScript: a file, or the hub's if it was downloaded, or None."""
+    if file is None:
+        from huggingface_hub import try_to_load_from_cache
+        file = try_to_load_from_cache(*I3D)
+        if not isinstance(file, str):
+            return None
+    try:
+        return torch.jit.load(file, map_location="cpu").eval()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--i3d {file} is not a TorchScript file ({str(error).splitlines()[0]})") from None
+
+
+@torch.no_grad()
+def i3d_features(i3d, videos):
+    """(N, 400) I3D logits of videos (N, T, H, W, 3) uint8, resized to 224 x 224, in [-1, 1]; T >= 10."""
+    x = torch.as_tensor(np.asarray(videos)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (N, T, 3, H, W)
+    x = [F.interpolate(video, (224, 224), mode="bilinear", antialias=True).transpose(0, 1)[None] for video in x]
+    return torch.cat([i3d(video, rescale=False, resize=False, return_features=True) for video in x]).double().numpy()
+
+
+def land(points_in_cam, intrinsics, size):
+    """Where points (..., 3) fall in a camera's picture: row and column (clipped into it), z, and whether inside."""
+    in_front = points_in_cam[..., 2] > 1e-3
+    pixels, z = data.project(np.where(in_front[..., None], points_in_cam, 1.0), intrinsics)
+    column, row = np.moveaxis(np.rint(pixels).astype(int), -1, 0)
+    inside = in_front & (column >= 0) & (column < size[1]) & (row >= 0) & (row < size[0])
+    return row.clip(0, size[0] - 1), column.clip(0, size[1] - 1), z, inside
+
+
+def seen_by(points_in_cam, z_of_cam, intrinsics):
+    """Which points (..., 3) in a camera's frame lie on the surface that camera sees, to 2 cm. z_of_cam: (H, W) m."""
+    row, column, z, inside = land(points_in_cam, intrinsics, z_of_cam.shape)
+    return inside & (np.abs(z_of_cam[row, column] - z) < SAME_SURFACE)
+
+
+def cross_view_miou(points, gripper_n, gripper_m, intrinsics_n, intrinsics_m, ref_in_m, z_m=None, seen=None, slack=0):
+    """IoU of the gripper's mask in view n, carried into camera m by n's predicted points, with m's own mask: (T,).
+
+    points (T,H,W,3): view n's, reference frame; gripper_n, gripper_m (T,H,W) bool; ref_in_m (4,4): the true camera m,
+    for scoring only. This is the paper's metric, whose ceiling is far below 1: what only m sees of the hand cannot be
+    covered, and a mask of 60 pixels is half boundary. The truth scores >= 0.9 with
+      z_m (T,H,W)     true depth of view m: what falls more than 3 cm behind it is hidden, and does not count;
+      seen (T,H,W)    pixels of m that n truly sees (seen_by): only these can be missed;
+      slack           pixels by which either mask may be off.
+    """
+    thirds = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), -1).reshape(9, 1, 2) / 3  # of a pixel, to leave no holes
+    grow = lambda mask: binary_dilation(mask, np.ones((3, 3)), iterations=slack) if slack else mask
+    ious = []
+    for t, own in enumerate(gripper_m):
+        hand = np.repeat(points[t][gripper_n[t]][None], 9, 0)  # (9, N, 3)
+        hand[..., :2] += thirds / (intrinsics_n[0, 0], intrinsics_n[1, 1]) * hand[..., 2:]
+        row, column, z, shows = land(transform(hand, ref_in_m), intrinsics_m, own.shape)
+        if z_m is not None:
+            surface = z_m[t][row, column]  # 0: not measured
+            shows &= (surface <= 0) | (z < surface + NEAR)
+        shown = np.zeros(own.shape, bool)
+        shown[row[shows], column[shows]] = True
+        hit, wrong = (shown & grow(own)).sum(), (shown & ~grow(own)).sum()
+        missed = ((own if seen is None else own & seen[t]) & ~grow(shown)).sum()
+        ious.append(hit / (hit + wrong + missed) if hit + wrong + missed else np.nan)
+    return np.array(ious)
+
+
+# ------------------------------------------------------------------------------------------------ scoring one clip
+
+def score(clip, trajectory=None):
+    """All that can be said of one prediction: {figure: (T,) values over the horizon, or one number}.
+
+    clip: checked, with its truth; with `gripper` (V,T,H,W), the hand's mask in the generated views, mIoU too.
+    trajectory: track.track's. A figure whose keys are missing is left out, not guessed. `-n` is view 0, `-m` the mean
+    of the others; a frame without such pixels has NaN.
+    """
+    views, frames = clip["rgb"].shape[:2]
+    values = {}
+
+    def add(name, figure, *arrays):
+        table = np.array([[figure(*(x[v, t] for x in arrays)) for t in range(frames)] for v in range(views)])
+        values[name + "-n"] = table[0]
+        if views > 1:
+            values[name + "-m"] = mean(table[1:], 0)
+
+    rgb, true_rgb = clip["rgb"] / 255, clip["true_rgb"] / 255
+    add("psnr", psnr, rgb, true_rgb)
+    add("ssim", ssim, rgb, true_rgb)
+    if trajectory is not None and "true_gripper_in_ref" in clip:
+        values.update(score_hands(trajectory, clip))
+    if not {"true_points", "true_view_in_ref"} <= clip.keys():
+        return values
+    true, valid = clip["true_points"], clip["true_valid"]
+    own, own_valid = data.point_maps(clip["observed_depth"], clip["intrinsics"])
+    moved = np.linalg.norm(true - transform(own, clip["true_view_in_ref"])[:, None], axis=-1) > data.MOVED
+    still, moving = (valid & own_valid[:, None] & chosen for chosen in (~moved, moved))  # (V, T, H, W)
+    change = np.abs(clip["true_rgb"].astype(int) - clip["observed_rgb"][:, None]).max(-1)
+    add("psnr_same", psnr, rgb, true_rgb, still & (change <= SAME_COLOUR))
+    if "points" not in clip:
+        return values
+    points = clip["points"]
+    off = np.linalg.norm(points - true, axis=-1)  # (V, T, H, W)
+    for suffix, where in ("", valid), ("_moving", moving):
+        add("abs_rel" + suffix, abs_rel, points[..., 2], true[..., 2], where)
+        add("points" + suffix, lambda x, chosen: mean(x[chosen]), off, where)
+    add("delta1", delta1, points[..., 2], true[..., 2], valid)
+    add("still", still_error, points, true, still)
+    if "true_gripper" in clip:
+        add("hand", lambda x, chosen: mean(x[chosen] < NEAR), off, valid & clip["true_gripper"].any(2))
+    values["chamfer"] = np.array([chamfer(points[:, t][clip["valid"][:, t]], true[:, t][valid[:, t]])
+                                  for t in range(frames)])
+    if "view_in_ref" in clip:
+        apart = pose_errors(clip["view_in_ref"][1:], clip["true_view_in_ref"][1:])
+        values["camera_m"], values["camera_deg"] = map(mean, apart)
+    if "gripper" in clip and views > 1:
+        values.update(score_views(clip))
     return values
 
 
-def score_gripper(trajectory, true_in_ref, true_opening, true_gripper=None):
-    """Errors of the tracked grippers that move in the truth: a parked arm would halve every error. {name: (T,) values}.
-
-    trajectory: gripper_in_ref (T+1,A,4,4), opening (T+1,A), lost (T+1,A), frame 0 the observed one; a lost frame counts
-    with the pose that the tracker held. true_gripper (V,T,A,H,W) tells which view sees which gripper. Where none does,
-    there is no error to speak of, and `lost` is the right answer: `invented` is the share of these that got a pose.
-    """
-    travel = np.linalg.norm(true_in_ref[:, :, :3, 3] - true_in_ref[0, :, :3, 3], axis=-1).max(0)       # (A,)
-    arms = np.flatnonzero(travel > MOVING)
-    if trajectory["gripper_in_ref"].shape != true_in_ref.shape:
-        raise ValueError(f"trajectory.npz: gripper_in_ref has shape {trajectory['gripper_in_ref'].shape}, the truth "
-                         f"{true_in_ref.shape}; track the whole clip and every arm")
-    if not len(arms):
-        return {}
-    in_ref, opening, lost = (trajectory[key][1:, arms] for key in ("gripper_in_ref", "opening", "lost"))
-    true_in_ref, true_opening = true_in_ref[1:, arms], true_opening[1:, arms]                           # (T, A', ...)
-    seen = np.ones(lost.shape, bool)
-    if true_gripper is not None:
-        seen = true_gripper[:, :, arms].sum((3, 4)).max(0) >= FEWEST_SEEN                               # (T, A')
-    where = lambda chosen, x: mean(np.where(chosen, x, np.nan), 1)
-    translation, rotation = pose_errors(in_ref, true_in_ref)
-    return dict(gripper_m=where(seen, translation), gripper_rad=where(seen, rotation),
-                add=where(seen, add_distance(in_ref, opening, true_in_ref, true_opening)),
-                opening=where(seen, np.abs(opening - true_opening)),
-                lost=where(seen, lost), invented=where(~seen, ~lost))
+def score_views(clip):
+    """The two cross-view mIoUs, mean over the views m: {figure: (T,) values}."""
+    true, valid, masks = clip["true_points"], clip["true_valid"], clip["gripper"]
+    truly = clip["true_gripper"].any(2) if "true_gripper" in clip else masks  # (V, T, H, W)
+    z_n = true[0, ..., 2] * valid[0]  # (T, H, W), 0: unknown
+    tables = {"miou_paper": [], "miou": []}
+    for v in range(1, len(true)):
+        ref_in_m = invert(clip["true_view_in_ref"][v])
+        z_m = transform(true[v], ref_in_m)[..., 2] * valid[v]
+        seen = valid[v] & np.stack([seen_by(p, z, clip["intrinsics"][0]) for p, z in zip(true[v], z_n)])
+        given = clip["points"][0], masks[0], masks[v], *clip["intrinsics"][[0, v]], ref_in_m
+        paper, ours = cross_view_miou(*given), cross_view_miou(*given, z_m, seen, slack=1)
+        paper[np.isnan(paper) & truly[v].any((1, 2))] = 0  # a hand that was found nowhere
+        tables["miou_paper"].append(paper)
+        shown = (truly[v] & seen).sum((1, 2)) >= FEWEST_SEEN
+        tables["miou"].append(np.where(shown, np.nan_to_num(ours), np.nan))
+    return {name: mean(table, 0) for name, table in tables.items()}
 
 
-# ------------------------------------------------------------------------------------------------------- baselines
+def score_hands(trajectory, clip):
+    """Errors of the tracked hands that move in the truth (a parked arm would halve every error), in the frames in which
+    a view shows them: {figure: (T,) values}. A lost frame counts with the pose that the tracker held."""
+    true = clip["true_gripper_in_ref"]  # (F, A, 4, 4)
+    arms = np.flatnonzero((pose_errors(true, true[:1])[0] > data.MOVED).any(0))
+    lost = trajectory["lost"][1:, arms]  # (T, A')
+    metres, degrees = pose_errors(trajectory["gripper_in_ref"][1:, arms], true[1:, arms])
+    figures = dict(tracked=~lost & (metres < TRACKED[0]) & (degrees < TRACKED[1]), lost=lost, gripper_m=metres,
+                   gripper_deg=degrees, opening=np.abs(trajectory["opening"] - clip["true_opening"])[1:, arms])
+    seen = lost | True
+    if "true_gripper" in clip:
+        seen = clip["true_gripper"][:, :, arms].sum((3, 4)).max(0) >= FEWEST_SEEN
+    return {name: mean(np.where(seen, x, np.nan), 1) for name, x in figures.items()}
 
-def truth_row(p):
-    """The ground truth as a prediction: the ceiling of every metric, and a test of the metrics themselves."""
-    return dict(p, rgb=p["true_rgb"], points=p["true_points"], valid=p["true_valid"], view_in_ref=p["true_view_in_ref"])
+
+# ------------------------------------------------------------------------------------------------ rows
+
+def tracked(clip):
+    """(the clip with `gripper` (V,T,H,W), the hand's mask in each generated view; its trajectory, or None). Masks that
+    the clip brings along, from SAM 2 for instance, are kept."""
+    if "points" not in clip or not {"observed_gripper_in_ref", "observed_gripper"} & clip.keys():
+        return clip, None
+    trajectory = track.track(clip)
+    return {"gripper": hand_masks(clip, trajectory)} | clip, trajectory
 
 
-def last_frame_row(p):
-    """The observed frame repeated, with the true camera poses, which a model is not told."""
-    observed, valid = data.point_maps(p["observed_depth"], p["intrinsics"])
-    over_time = lambda x: np.repeat(x[:, None], p["rgb"].shape[1], axis=1)
-    return dict(p, rgb=over_time(p["observed_rgb"]), points=over_time(data.transform(observed, p["true_view_in_ref"])),
-                valid=over_time(valid), view_in_ref=p["true_view_in_ref"])
+def hand_masks(clip, trajectory):
+    """Where each view shows the hand, (V,T,H,W) bool: the hand drawn where it was tracked, where the view's own points
+    lie there to 3 cm. So views that disagree about where the hand is are caught."""
+    masks, hand, ref_in_view = np.zeros(clip["valid"].shape, bool), track.hand_model(), invert(clip["view_in_ref"])
+    z_seen = transform(clip["points"], ref_in_view)[..., 2]  # (V, T, H, W)
+    for t, a in zip(*np.nonzero(~trajectory["lost"][1:])):
+        vertices = hand.vertices + trajectory["opening"][t + 1, a] * hand.vertex_slide[:, None] * [0, 1, 0]
+        in_view = [transform(vertices, one @ trajectory["gripper_in_ref"][t + 1, a]) for one in ref_in_view]
+        z, _ = data.rasterize(in_view, hand.faces, clip["intrinsics"], *masks.shape[2:])  # (V, H, W)
+        masks[:, t] |= (z > 0) & (np.abs(z - z_seen[:, t]) < NEAR)
+    return masks
 
 
-def vae_row(p, model, vaes):
-    """The ground truth through the VAEs and back: no generator that works on these latents can do better."""
-    device = next(model.parameters()).device
-    to_batch = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 2)))[None].float().to(device)
+def last_frame_row(clip, view_in_ref=None):
+    """The observed frame repeated, with the true camera poses, which a model is not told, and the hand held still."""
+    frames = clip["rgb"].shape[1]
+    repeated = lambda x, axis, n=frames: np.repeat(np.expand_dims(x, axis), n, axis)
+    view_in_ref = clip["true_view_in_ref"] if view_in_ref is None else view_in_ref
+    own, valid = data.point_maps(clip["observed_depth"], clip["intrinsics"])
+    row = clip | dict(rgb=repeated(clip["observed_rgb"], 1), points=repeated(transform(own, view_in_ref), 1),
+                      valid=repeated(valid, 1), view_in_ref=view_in_ref)
+    if "observed_gripper" in clip:
+        row["gripper"] = repeated(clip["observed_gripper"].any(1), 1)
+    if "observed_gripper_in_ref" not in clip:
+        return row, None
+    path = dict(gripper_in_ref=repeated(clip["observed_gripper_in_ref"], 0, frames + 1),
+                opening=repeated(clip["observed_opening"], 0, frames + 1))
+    return row, path | dict(lost=np.zeros(path["opening"].shape, bool))
+
+
+def code_row(clip, run):
+    """The truth through the code and back, with the true cameras: no generator of these latents can do better."""
+    tensors = data.to_tensors(clip)
+    true = (tensors[key][None, :, 1:].to(run.device) for key in ("rgb", "points"))  # (1, V, T, 3, H, W)
     with torch.no_grad():
-        latents = sample.encode_targets(model, vaes, to_batch(p["true_rgb"] / 127.5 - 1),
-                                        to_batch(data.normalize_points(p["true_points"])))
-        rgb, points = sample.decode(model, vaes, latents)
-    prediction = sample.to_prediction(p["observed_rgb"], p["observed_depth"], p["intrinsics"], rgb[0],
-                                      None if points is None else points[0])
-    return dict(p, **prediction)
+        rgb, points = (x[0].movedim(2, -1).cpu().numpy() for x in sample.decode(run, sample.encode_targets(run, *true)))
+    return tracked(truth_row(clip) | dict(rgb=((rgb + 1) * 127.5).round().astype(np.uint8), points=points))
 
 
-# -------------------------------------------------------------------------------------- tracks and masks of grippers
-
-def tracks(p, folder=None):
-    """A 4D video's gripper path (track.py's arrays) and masks (V, T, H, W) bool; None for what can't be had.
-
-    The path is tracked in the clouds of all views together. Each view's mask comes from that view alone, so that two
-    views which disagree about where the gripper is are caught: track its points, render the hand where the tracker
-    found it, and keep the pixels whose own points lie there. With a `folder`, trajectory.npz and masks.npz in it
-    (`gripper`, (V, T, H, W) bool, for instance from SAM 2) are read if they are newer than its prediction.npz, and
-    written if not.
-    """
-    if "points" not in p:
-        return None, None
-    trajectory, masks = read_newer(folder, "trajectory.npz"), read_newer(folder, "masks.npz")
-    can_track = "observed_gripper_in_ref" in p or "observed_gripper" in p
-    if trajectory is None and can_track:
-        trajectory = track.track(p)
-        write_npz(folder, "trajectory.npz", trajectory)
-    if masks is None and can_track:
-        alone = [one_view(p, v) for v in range(len(p["rgb"]))]
-        masks = dict(gripper=np.stack([tracked_mask(view, track.track(view)) for view in alone]))
-        write_npz(folder, "masks.npz", masks)
-    if masks is None:
-        return trajectory, None
-    if "gripper" not in masks or masks["gripper"].shape != p["rgb"].shape[:4]:
-        raise ValueError(f"{folder}/masks.npz: an array 'gripper' of shape {p['rgb'].shape[:4]} is needed")
-    return trajectory, masks["gripper"].astype(bool)
+def baselines(run=None):
+    """{label: make} of the rows that need no generator; make(clip) -> (clip, trajectory)."""
+    unmoved = lambda clip: (last_frame_row(clip, clip["true_view_in_ref"] * 0 + np.eye(4))[0], None)
+    rows = {"last frame repeated": last_frame_row, "own points unmoved": unmoved,
+            "truth, tracked": lambda clip: tracked(truth_row(clip))}
+    if run is not None and not run.model.rgb_only:
+        rows["truth through the code"] = lambda clip: code_row(clip, run)
+    return rows
 
 
-def read_newer(folder, name):
-    """folder/name as a dict, None if it is missing or older than the prediction beside it."""
-    if folder is None or not (folder / name).exists():
-        return None
-    if (folder / name).stat().st_mtime < (folder / "prediction.npz").stat().st_mtime:
-        return None
-    with np.load(folder / name, allow_pickle=False) as file:
-        return {key: file[key] for key in file}
+# ------------------------------------------------------------------------------------------------ tables
 
-
-def write_npz(folder, name, arrays):
-    """Under a temporary name, then renamed: a file that is there is complete."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(folder / f"partial_{name}", **arrays)
-        (folder / f"partial_{name}").rename(folder / name)
-
-
-def one_view(p, v):
-    """The prediction with view v only, its points still in the reference frame."""
-    per_view = ("rgb", "points", "valid", "intrinsics", "view_in_ref",
-                "observed_rgb", "observed_depth", "observed_gripper")
-    return {**p, **{key: p[key][v:v + 1] for key in per_view if key in p}}
-
-
-def tracked_mask(p, trajectory):
-    """Where a one-view prediction shows the gripper, (T, H, W) bool: the rendered hand, if p's points agree to 3 cm."""
-    t, height, width = p["rgb"].shape[1:4]
-    ref_in_cam = data.invert(p["view_in_ref"][0])
-    z_seen = data.transform(p["points"][0], ref_in_cam)[..., 2]                                 # (T, H, W)
-    mask = np.zeros((t, height, width), bool)
-    for a in range(trajectory["gripper_in_ref"].shape[1]):
-        found = ~trajectory["lost"][1:, a]                                                      # (T,)
-        if not found.any():
-            continue
-        gripper_in_cam = ref_in_cam @ trajectory["gripper_in_ref"][1:, a][found]
-        vertices = data.transform(gripper_points(trajectory["opening"][1:, a][found]), gripper_in_cam)
-        intrinsics = np.broadcast_to(p["intrinsics"][0], (len(vertices), 3, 3))
-        z, _ = data.rasterize(vertices, gripper_faces(), intrinsics, height, width)
-        mask[found] |= (z > 0) & (np.abs(z - z_seen[found]) < 0.03)
-    return mask
-
-
-def gripper_faces():
-    """Triangles (M, 3) into gripper_points."""
-    parts = data.gripper_mesh()
-    (hand, hand_faces), (finger, finger_faces) = parts["hand"], parts["finger"]
-    return np.concatenate([hand_faces, finger_faces + len(hand), finger_faces + len(hand) + len(finger)])
-
-
-# ----------------------------------------------------------------------------------------------- rows of the tables
-
-# name: heading, factor from SI to the table's unit, digits, +1 where more is better and -1 where less is
+# figure: heading, factor to the table's unit, digits
 METRICS = {
-    "miou_paper": ("mIoU, paper's", 1, 2, 1), "miou": ("mIoU, co-visible", 1, 2, 1),
-    "fvd": ("FVD", 1, 0, -1), "fvd_per_clip": ("released script's FVD", 1, 1, -1),
-    "abs_rel": ("AbsRel", 1, 3, -1), "delta1": ("delta1", 1, 3, 1),
-    "abs_rel_moving": ("AbsRel, moving", 1, 3, -1), "delta1_moving": ("delta1, moving", 1, 3, 1),
-    "points": ("points, mm", 1000, 0, -1), "points_moving": ("points, moving, mm", 1000, 0, -1),
-    "psnr": ("PSNR, dB", 1, 1, 1), "ssim": ("SSIM", 1, 3, 1),
-    "psnr_moving": ("PSNR, moving, dB", 1, 1, 1), "ssim_moving": ("SSIM, moving", 1, 3, 1),
-    "chamfer": ("chamfer, mm", 1000, 1, -1), "agreement": ("agreement, mm", 1000, 1, -1),
-    "agreement_ratio": ("agreement / truth's", 1, 2, -1),
-    "camera_m": ("camera pose, mm", 1000, 0, -1), "camera_rad": ("camera pose, deg", 180 / np.pi, 1, -1),
-    "flicker": ("flicker, mm", 1000, 1, -1), "flicker_rgb": ("flicker, grey levels", 1, 1, -1),
-    "gripper_m": ("gripper, mm", 1000, 0, -1), "gripper_rad": ("gripper, deg", 180 / np.pi, 1, -1),
-    "add": ("ADD, mm", 1000, 0, -1), "opening": ("opening, mm", 1000, 1, -1), "lost": ("lost, of seen", 1, 2, -1),
-    "invented": ("not lost, of unseen", 1, 2, -1),
+    "miou_paper": ("mIoU, paper's ↑", 1, 2), "miou": ("mIoU, co-visible ↑", 1, 2), "fvd": ("FVD ↓", 1, 0),
+    "mmd": ("MMD ↓", 1, 1), "abs_rel": ("AbsRel ↓", 1, 3), "delta1": ("delta1 ↑", 1, 3),
+    "points_moving": ("moving points, mm ↓", 1000, 0), "abs_rel_moving": ("AbsRel, moving ↓", 1, 3),
+    "hand": ("hand within 30 mm ↑", 1, 2), "tracked": ("tracked ↑", 1, 2), "lost": ("lost ↓", 1, 2),
+    "gripper_m": ("gripper, mm ↓", 1000, 0), "gripper_deg": ("gripper, deg ↓", 1, 1),
+    "opening": ("opening, mm ↓", 1000, 1), "points": ("points, mm ↓", 1000, 0), "chamfer": ("chamfer, mm ↓", 1000, 1),
+    "still": ("still pixels off, mm ↓", 1000, 1), "camera_m": ("camera, mm ↓", 1000, 0),
+    "camera_deg": ("camera, deg ↓", 1, 1), "psnr": ("PSNR, dB ↑", 1, 1), "ssim": ("SSIM ↑", 1, 3),
+    "psnr_same": ("PSNR, unchanged, dB ↑", 1, 1),
 }
+HORIZONS = {"0.5-1 s": slice(0, 2), "1.5-2.5 s": slice(2, 5), "3-5 s": slice(5, 10)}  # predicted frames at 2 Hz
 TABLES = {
-    "As in the paper": "miou_paper miou fvd-n fvd-m abs_rel-n abs_rel-m delta1-n delta1-m",
-    "Moving pixels": "abs_rel_moving-n abs_rel_moving-m delta1_moving-n delta1_moving-m "
-                     "points_moving-n points_moving-m psnr_moving-n psnr_moving-m ssim_moving-n ssim_moving-m",
-    "All pixels": "points-n points-m chamfer psnr-n psnr-m ssim-n ssim-m flicker flicker_rgb "
-                  "fvd_per_clip-n fvd_per_clip-m",
-    "Cameras and grippers": "agreement agreement_ratio camera_m camera_rad gripper_m gripper_rad add opening lost "
-                            "invented",
+    "As in the paper": "miou_paper miou fvd-n fvd-m mmd-n mmd-m abs_rel-n abs_rel-m delta1-n delta1-m".split(),
+    "What moves": "points_moving-n points_moving-m abs_rel_moving-n abs_rel_moving-m".split()
+                  + [f"hand-{view} {horizon}" for horizon in HORIZONS for view in "nm"],
+    "The tracked hand": "tracked lost gripper_m gripper_deg opening".split(),
+    "The scene": "points-n points-m chamfer still-n still-m camera_m camera_deg psnr-n psnr-m psnr_same-n psnr_same-m "
+                 "ssim-n ssim-m".split(),
 }
-# Table 1 of the paper; where single cells are not known, the range over the three simulated tasks
-PUBLISHED = {
-    "paper: ours": {"miou_paper": {1: ".70", 2: ".69", 3: ".64"}, "fvd-n": {1: "411", None: "378-491"},
-                    "fvd-m": {1: "561", None: "258-561"}, "abs_rel-n": ".03-.06", "abs_rel-m": {1: ".11"},
-                    "delta1-n": ".95-.98"},
-    "paper: w/o MV attention": {"miou_paper": {1: ".41", 2: ".44", 3: ".26"}, "fvd-n": {1: "497", None: "451-597"},
-                                "fvd-m": "302-607", "abs_rel-n": ".10-.15", "abs_rel-m": {1: ".31"},
-                                "delta1-n": ".75-.89"},
-    "paper: SVD": {"fvd-n": "370-977", "fvd-m": "417-743"},
-    "paper: SVD w/ MV attention": {"fvd-n": "536-942", "fvd-m": "445-767"},
-    "paper: 4D Gaussian": {"miou_paper": {1: ".39", 2: ".46", 3: ".44"}, "fvd-n": "1208-1396", "fvd-m": "815-1192",
-                           "abs_rel-n": ".18-.33", "delta1-n": ".43-.80"},
-}
+# Table 1 of the paper, below the columns of ours: tasks 1 / 2 / 3, or ranges over them
+PUBLISHED = """
+| *paper: ours* | .70 / .69 / .64 | - | 378-491 | 258-561 | - | - | .03-.06 | .11 (task 1) | .95-.98 | - |
+| *paper: w/o MV attention* | .41 / .44 / .26 | - | 451-597 | 302-607 | - | - | .10-.15 | .31 (task 1) | .75-.89 | - |
+"""
 
 
-class Features:
-    """I3D features of clips, per view; those of the truth are kept, every row is compared with the same."""
-
-    def __init__(self, i3d):
-        self.i3d, self.truth = i3d, {}
-
-    def __call__(self, name, p):
-        """{'n': (pred (1, D), true (1, D)), 'm': (pred (V-1, D), true (V-1, D))}; {} without weights or 10 frames."""
-        if self.i3d is None or p["rgb"].shape[1] < 10:
-            return {}
-        if name not in self.truth:
-            self.truth[name] = i3d_features(self.i3d, p["true_rgb"])                            # (V, D)
-        pred, true = i3d_features(self.i3d, p["rgb"]), self.truth[name]
-        return {"n": (pred[:1], true[:1]), "m": (pred[1:], true[1:])}
+def column(name):
+    """'hand-n 3-5 s' -> heading, factor, digits."""
+    figure, where = re.fullmatch(r"(\w+)-?(.*)", name).groups()
+    heading, *rest = METRICS[figure]
+    return heading + (f" ({where})" if where else ""), *rest
 
 
-def score_row(clips, features, protocol="ours"):
-    """One seed of one method: iterable of (name, p, masks, trajectory) -> {clip: values}, {metric: number}.
+def score_row(clips, i3d, known):
+    """One seed of one method: (name, clip, trajectory)s -> {name: figures}, {figure of the whole set: number}.
+    known: {video: I3D features (V, 400)}, filled as clips come; rows share videos."""
+    def features(video):
+        key = hashlib.sha256(np.ascontiguousarray(video)).digest()
+        if key not in known:
+            known[key] = i3d_features(i3d, video)
+        return known[key]
 
-    The second holds what is defined for a set of clips only, the FVDs.
-    """
-    scores, videos = {}, {}
-    for name, p, masks, trajectory in clips:
-        scores[name] = score(p, masks, trajectory, protocol)
-        for view, pair in features(name, p).items():
-            videos.setdefault(view, []).append(pair)
-    of_set = {}
-    for view, pairs in videos.items():
-        pred, true = (np.concatenate(side) for side in zip(*pairs))
-        if len(pred):
-            of_set[f"fvd-{view}"], of_set[f"fvd_per_clip-{view}"] = fvd(pred, true), fvd_per_clip(pred, true)
+    scores, videos, of_set = {}, [], {}
+    for name, clip, trajectory in clips:
+        scores[name] = score(clip, trajectory)
+        if i3d is not None and clip["rgb"].shape[1] >= 10:
+            videos.append((features(clip["rgb"]), features(clip["true_rgb"])))
+    for view, chosen in (("n", slice(0, 1)), ("m", slice(1, None))) if videos else ():
+        pred, true = (np.concatenate([part[chosen] for part in side]) for side in zip(*videos))
+        if len(pred) > 1:
+            of_set |= {f"fvd-{view}": frechet_distance(pred, true), f"mmd-{view}": polynomial_mmd(pred, true)}
     return scores, of_set
 
 
 def summarise(seeds):
-    """A table's row out of score_row's results, one per seed: {metric: mean, spread, per_seed, horizon}.
-
-    A clip's value is the mean over its frames, a seed's the mean over its clips. spread: sample standard deviation over
-    seeds, None for one seed. horizon: (T,) means over clips and seeds.
-    """
-    row = {}
-    everything = [values for scores, of_set in seeds for values in [*scores.values(), of_set]]
+    """A table's row out of score_row's results, one per seed: {figure: mean, spread, per_seed, horizon}. A clip's value
+    is the mean over its frames, a seed's over its clips; spread: sample standard deviation over seeds; horizon (T,)."""
+    row, everything = {}, [values for scores, of_set in seeds for values in [*scores.values(), of_set]]
     for name in dict.fromkeys(name for values in everything for name in values):
         known = [[values[name] for values in scores.values() if name in values] for scores, _ in seeds]
-        per_seed = [of_set[name] if name in of_set else float(mean([mean(v) for v in k])) for k, (_, of_set) in
-                    zip(known, seeds)]
-        spread = float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 and np.isfinite(per_seed).all() else None
-        row[name] = dict(mean=float(mean(per_seed)), spread=spread, per_seed=per_seed)
-        over_time = [v for k in known for v in k if np.ndim(v) == 1]
-        if over_time and len({len(v) for v in over_time}) == 1:
+        per_seed = [float(of_set.get(name, mean([mean(v) for v in k]))) for k, (_, of_set) in zip(known, seeds)]
+        row[name] = dict(mean=float(mean(per_seed)), per_seed=per_seed,
+                         spread=float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None)
+        over_time = [v for k in known for v in k if np.ndim(v)]
+        if len({len(v) for v in over_time}) == 1:
             row[name]["horizon"] = mean(over_time, 0).tolist()
     return row
 
 
 def cell(row, name):
-    """'0.061 +- 0.004' in the table's unit; 'n/a' for what is not known."""
-    if name not in row or np.isnan(row[name]["mean"]):
+    """'0.061 ± 0.004' in the table's unit; 'n/a' for what is not known."""
+    (_, factor, digits), (figure, _, horizon) = column(name), name.partition(" ")
+    value, spread = (row.get(figure, {}).get(key, np.nan) for key in ("mean", "spread"))
+    if horizon:
+        value, spread = mean(row.get(figure, {}).get("horizon", [])[HORIZONS[horizon]]), None
+    if np.isnan(value):
         return "n/a"
-    _, factor, digits, _ = METRICS[name.removesuffix("-n").removesuffix("-m")]
-    spread = row[name]["spread"]
-    text = f"{row[name]['mean'] * factor:.{digits}f}"
-    return text if spread is None else f"{text} ± {spread * factor:.{digits}f}"
+    return f"{value * factor:.{digits}f}" + ("" if spread is None else f" ± {spread * factor:.{digits}f}")
 
 
-def markdown(rows, task=None, notes=()):
-    """The tables of METRICS and TABLES as markdown, the published rows (of `task`, if known) below the first."""
-    lines = []
+def markdown(rows, notes=()):
+    """TABLES of {label: row} as markdown, the published rows below the first."""
+    lines, published = [], PUBLISHED
     for title, names in TABLES.items():
-        names = names.split()
-        heading = []
-        for name in names:
-            base = name.removesuffix("-n").removesuffix("-m")
-            text, _, _, better = METRICS[base]
-            heading.append(f"{text}{name[len(base):]} {'↑' if better > 0 else '↓'}")
-        lines += [f"### {title}", "", "| | " + " | ".join(heading) + " |", "|---" * (len(names) + 1) + "|"]
-        lines += [f"| {label} | " + " | ".join(cell(row, name) for name in names) + " |" for label, row in rows.items()]
-        for label, cells in PUBLISHED.items() if title == "As in the paper" else ():
-            found = [cells.get(name, "-") for name in names]
-            found = [value.get(task, value.get(None, "-")) if isinstance(value, dict) else value for value in found]
-            lines.append(f"| *{label}* | " + " | ".join(found) + " |")
-        lines.append("")
+        cells = {"": [column(name)[0] for name in names]}
+        cells |= {label: [cell(row, name) for name in names] for label, row in rows.items()}
+        heading, *rest = (f"| {' | '.join([label, *row])} |" for label, row in cells.items())
+        lines += [f"### {title}", "", heading, "|---" * (len(names) + 1) + "|", *rest]
+        lines[-1], published = lines[-1] + published, "\n"
     return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
 
 
-def plot_horizon(rows, path):
-    """How errors grow over the predicted frames, one line a row."""
-    import matplotlib.pyplot as plt
-
-    panels = ["abs_rel-n", "abs_rel-m", "points_moving-n", "points_moving-m", "psnr_moving-n", "psnr_moving-m", "miou",
-              "gripper_m"]
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
-    for ax, name in zip(axes.T.flat, panels):
-        text, factor, _, _ = METRICS[name.removesuffix("-n").removesuffix("-m")]
-        for i, (label, row) in enumerate(rows.items()):
-            horizon = np.array(row.get(name, {}).get("horizon", []), float) * factor
-            if np.isfinite(horizon).any():
-                ax.plot((1 + np.arange(len(horizon))) / sample.FPS, horizon, "o-", markersize=3, color=f"C{i}",
-                        label=label)
-        ax.set(xlabel="seconds ahead", title=text + (f", view {name[-1]}" if name[-2] == "-" else ""))
-        ax.set_ylim(bottom=0)
-    handles, labels = max((ax.get_legend_handles_labels() for ax in axes.flat), key=lambda both: len(both[1]))
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+def load_clip(folder):
+    """folder/prediction.npz with its truth, checked."""
+    path = Path(folder) / "prediction.npz"
+    clip = read_npz(path)
+    try:
+        clip = data.check_clip(clip, ("observed", "rgb", "true_rgb"))
+        if "gripper" in clip and clip["gripper"].shape != clip["rgb"].shape[:4]:
+            raise ValueError(f"'gripper' has shape {clip['gripper'].shape}, expected {clip['rgb'].shape[:4]}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return clip
 
 
-def worst_clips(folders, scores, path, count=3):
-    """Picture of the clips with the largest point error: truth, prediction and error map of each view's last frame.
+def compare(methods, out, i3d=None, run=None):
+    """Scores methods {label: [{name: folder} of one seed, ...]} and baselines on the first's clips; writes results."""
+    def clips_of(label, folders, make):
+        for name, folder in tqdm(folders.items(), desc=f"scoring {label}", unit="clip"):
+            clip = load_clip(folder)
+            if make is tracked:
+                yield name, *make(clip)
+            elif {"true_points", "true_view_in_ref"} <= clip.keys():
+                yield name, *make({key: clip[key] for key in clip if key != "gripper"})
 
-    folders and scores: {clip: prediction's folder} and {clip: values} of one seed. Errors in centimetres; grey where
-    nothing was measured.
-    """
-    import matplotlib.pyplot as plt
-
-    error = lambda values: mean([values.get(f"points-{v}", -values[f"psnr-{v}"])
-                                 for v in "nm" if f"psnr-{v}" in values])
-    chosen = sorted(scores, key=lambda clip: -error(scores[clip]))[:count]
-    clips = {clip: load_prediction(folders[clip] / "prediction.npz") for clip in chosen}
-    views = max(len(p["rgb"]) for p in clips.values())
-    figure, axes = plt.subplots(len(clips), 3 * views, figsize=(2.7 * 3 * views, 2.4 * len(clips)), squeeze=False,
-                                layout="constrained")
-    for row, (clip, p) in zip(axes, clips.items()):
-        row[0].set_ylabel(clip, fontsize=7)
-        for v in range(len(p["rgb"])):
-            true_ax, pred_ax, error_ax = row[3 * v:3 * v + 3]
-            true_ax.imshow(p["true_rgb"][v, -1])
-            true_ax.set_title(f"view {v}, truth", fontsize=8)
-            pred_ax.imshow(p["rgb"][v, -1])
-            pred_ax.set_title("predicted", fontsize=8)
-            if "points" in p and "true_points" in p:
-                off = 100 * np.linalg.norm(p["points"][v, -1] - p["true_points"][v, -1], axis=-1)
-                off[~p["true_valid"][v, -1]] = np.nan
-                error_ax.set_facecolor("grey")
-                shown = error_ax.imshow(off, cmap="magma", vmin=0, vmax=30)
-                error_ax.set_title(f"error, cm (mean {mean(off):.1f})", fontsize=8)
-                figure.colorbar(shown, ax=error_ax, shrink=0.8)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
-# ----------------------------------------------------------------------------------------- predictions of test clips
-
-def test_clips(folder, size, views, frames=10, count=None):
-    """Every test clip as (episode, start, cameras): held-out episodes x ordered choices of test cameras.
-
-    The starting frames run through the episode from choice to choice. count: that many, spread evenly.
-    """
-    held_out = data.Clips(folder, "test", size, views, frames)
-    chosen = []
-    for episode, starts in zip(held_out.episodes, held_out.starts):
-        cameras = data.TEST_CAMERAS if len(episode.rgb) >= 16 else range(len(episode.rgb))
-        choices = list(permutations(cameras, views))
-        chosen += [(episode, starts[i * len(starts) // len(choices)], np.array(c)) for i, c in enumerate(choices)]
-    if count is not None and count < len(chosen):
-        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, count).round().astype(int)]
-    return chosen
-
-
-def sample_test(run, folder, out, seed, count=None, views=2, frames=10, steps=25, device="cpu"):
-    """Samples the test clips of a data folder with a trained run into out/NAME/prediction.npz; returns these folders.
-
-    What is there already is kept, if it comes from the same checkpoint, data and settings (out/made_with.json).
-    """
-    run, out = Path(run), Path(out)
-    model, vaes, clip = sample.load_run(run, device)
-    made_with = json.dumps(dict(model=json.loads((run / "model.json").read_text()), seed=seed, steps=steps,
-                                data=str(Path(folder).resolve()), written=(run / "model.safetensors").stat().st_mtime))
-    if not (out / "made_with.json").exists() or (out / "made_with.json").read_text() != made_with:
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
-        (out / "made_with.json").write_text(made_with)
-    size, made = (model.preset.height, model.preset.width), []
-    clips = test_clips(folder, size, views, frames, count)
-    for episode, start, cameras in tqdm(clips, desc=f"sampling {out}", unit="clip"):
-        item = data.read_clip(episode, start, cameras, np.arange(frames), size)
-        target = out / re.sub(r"\W+", "_", item["name"])
-        made.append(target)
-        if not (target / "prediction.npz").exists():
-            generator = torch.Generator().manual_seed(zlib.crc32(item["name"].encode()) + seed)
-            write_npz(target, "prediction.npz", predict(model, vaes, clip, item, frames, steps, generator, device))
-    return made
-
-
-def predict(model, vaes, clip, item, frames=10, steps=25, generator=None, device="cpu"):
-    """prediction.npz's arrays, truth included, for an item of data.Clips."""
-    observed = item["rgb"][None, :, 0].to(device), item["own_points"][None].to(device)
-    rgb, points = sample.sample_views(model, vaes, clip, *observed, frames, steps, generator=generator)
-    prediction = sample.to_prediction(*sample.observation(item), rgb[0], None if points is None else points[0])
-    return sample.add_truth(prediction, item)
-
-
-# ----------------------------------------------------------------------------------------------- tables of many rows
-
-def read_clips(folders):
-    """Predictions with their tracks, one at a time: (name, p, masks, trajectory)."""
-    for folder in tqdm(folders, desc="tracking and scoring", unit="clip"):
-        p = load_prediction(folder / "prediction.npz")
-        trajectory, masks = tracks(p, folder)
-        yield folder.name, p, masks, trajectory
-
-
-def baseline_clips(folders, make):
-    """The same clips under a baseline: make(p) -> (p, masks, trajectory)."""
-    for folder in folders:
-        p = load_prediction(folder / "prediction.npz")
-        if "true_points" in p:
-            yield folder.name, *make(p)
-
-
-def baselines(model=None, vaes=None):
-    """{label: make} of the rows that need no generator; the VAEs' row only where a run with pointmaps is at hand."""
-    def last_frame(p):
-        frames = p["rgb"].shape[1]
-        over_time = lambda x, n, axis: np.repeat(np.expand_dims(x, axis), n, axis)
-        masks = over_time(p["observed_gripper"].any(1), frames, 1) if "observed_gripper" in p else None
-        trajectory = None
-        if "observed_gripper_in_ref" in p:
-            held = over_time(p["observed_gripper_in_ref"], frames + 1, 0)
-            trajectory = dict(gripper_in_ref=held, opening=over_time(p["observed_opening"], frames + 1, 0),
-                              lost=np.zeros(held.shape[:2], bool))
-        return last_frame_row(p), masks, trajectory
-
-    def truth(p):
-        trajectory = None
-        if "true_gripper_in_ref" in p:
-            trajectory = dict(gripper_in_ref=p["true_gripper_in_ref"], opening=p["true_opening"],
-                              lost=np.zeros(p["true_opening"].shape, bool))
-        return truth_row(p), p["true_gripper"].any(2) if "true_gripper" in p else None, trajectory
-
-    def truth_tracked(p):
-        trajectory, masks = tracks(truth_row(p))
-        return truth_row(p), masks, trajectory
-
-    def through_vaes(p):
-        p = vae_row(p, model, vaes)
-        trajectory, masks = tracks(p)
-        return p, masks, trajectory
-
-    rows = {"last frame repeated": last_frame, "ground truth": truth, "ground truth, tracked": truth_tracked}
-    return rows if model is None or model.rgb_only else {**rows, "ground truth through the VAEs": through_vaes}
-
-
-def compare(methods, out, task=None, i3d="cached", protocol="ours", run=None):
-    """Scores methods {label: [folders of one seed, ...]}, and baselines on the first's clips; writes results."""
-    out = Path(out)
-    network = load_i3d(i3d)
-    features, table, per_clip = Features(network), {}, {}
-    for label, seeds in methods.items():
-        scored = [score_row(read_clips(folders), features, protocol) for folders in seeds]
-        table[label] = summarise(scored)
-        per_clip[label] = [scores for scores, _ in scored]
-    first_label, first_seeds = next(iter(methods.items()))
-    model, vaes, _ = sample.load_run(run) if run else (None, None, None)
-    for label, make in baselines(model, vaes).items():
-        scored = score_row(baseline_clips(first_seeds[0], make), features, protocol)
-        if scored[0]:
-            table[label] = summarise([scored])
-
-    seeds, clips = len(first_seeds), len(first_seeds[0])
-    notes = [f"{clips} clips, {seeds} seed{'s (±: standard deviation over them)' if seeds > 1 else ''}; depth masking: "
-             f"{protocol}. '-n' is the reference view, '-m' the others; moving: more than 2 cm from the first frame.",
-             "'last frame repeated' is told the true camera poses. 'ground truth' has the true gripper masks and path: "
-             "the ceiling of the metrics; 'ground truth, tracked' has the tracker's: the ceiling of what is tracked."]
-    if network is None:
-        notes.append(f"FVD: n/a, no I3D weights here. `--i3d hub` gets {I3D_REPO} (25 MB), `--i3d FILE` reads a copy.")
-    elif clips < 256:
-        notes.append(f"FVD from {clips} clips is far above its value for many, whatever the method: compare rows only.")
-    text = markdown(table, task, notes)
-    out.mkdir(parents=True, exist_ok=True)
-    flat = {label: [{name: {key: float(mean(v)) for key, v in values.items()} for name, values in scores.items()}
-                    for scores in seeds] for label, seeds in per_clip.items()}
-    (out / "results.json").write_text(json.dumps(finite(dict(task=task, protocol=protocol, clips=clips, rows=table,
-                                                             per_clip=flat, published=PUBLISHED)), indent=1))
-    (out / "results.md").write_text(text)
-    plot_horizon(table, out / "horizon.png")
-    by_name = {folder.name: folder for folder in first_seeds[0]}
-    worst_clips(by_name, per_clip[first_label][0], out / "worst.png")
-    print(text)
-    print(f"written: {out}/results.json, results.md, horizon.png, worst.png")
+    out, network, known, scored = Path(out), load_i3d(i3d), {}, {}
+    first = next(iter(methods.values()))[0]
+    jobs = [(label, folders, tracked) for label, seeds in methods.items() for folders in seeds]
+    for job in jobs + [(label, first, make) for label, make in baselines(run).items()]:
+        row = score_row(clips_of(*job), network, known)
+        if row[0]:
+            scored.setdefault(job[0], []).append(row)
+    table = {label: summarise(seeds) for label, seeds in scored.items()}
+    text = markdown(table, [
+        f"{len(first)} clips, seeds: {max(map(len, scored.values()))} (±: standard deviation over them); n: the "
+        f"reference view, m: others; moving: by over {1000 * data.MOVED:.0f} mm; unchanged: surface and colour.",
+        f"Tracked: of the frames that show the hand, within {100 * TRACKED[0]:.0f} cm and {TRACKED[1]} degrees. Still "
+        "pixels: median, after each view's rigid drift. The repeated frame is told the true cameras.",
+        f"FVD of {len(first)} clips is far above its value for many: compare rows only." if network else
+        f"FVD, MMD: `hf download {' '.join(I3D)}` gets the I3D weights (25 MB); or --i3d FILE."])
+    per_clip = {label: [scores for scores, _ in seeds] for label, seeds in scored.items()}
+    results = json.dumps(dict(rows=table, per_clip=per_clip), default=lambda x: x.tolist())
+    write_json(out / "results.json", json.loads(results, parse_constant=lambda _: None))  # NaN becomes null
+    with data.writing(out / "results.md") as partial:
+        partial.write_text(text)
+    off = {name: mean(values.get("points-m", -values["psnr-n"])) for name, values in per_clip[jobs[0][0]][0].items()}
+    worst = max(off, key=off.get)
+    sample.contact_sheet(out / "worst.png", load_clip(first[worst]), f"the worst of {len(off)}: {worst}")
+    print(f"{text}\nwritten: {out}/results.json, results.md, worst.png")
     return table
 
 
-def finite(tree):
-    """JSON has no infinity and no NaN: the first becomes the string 'inf', the second null."""
-    if isinstance(tree, dict):
-        return {str(key): finite(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [finite(value) for value in tree]
-    if isinstance(tree, float) and not np.isfinite(tree):
-        return None if np.isnan(tree) else str(tree)
-    return tree
+def weights_hash(run):
+    """Of every number that a loaded run computes with, wherever it was read from."""
+    digest = hashlib.sha256()
+    for part in filter(None, (run.model, *run.vaes.values(), run.clip)):
+        for name, x in part.state_dict().items():
+            digest.update(name.encode() + x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------------- ablation
+def sample_clips(run, folder, count, out, seed=0, views=2, frames=10, steps=None):
+    """Samples held-out clips 0..count-1 of packed episodes, numbered as by sample.py --clip: {name: folder below out}.
+
+    Those that are there stay if out/made_with.json names the same weights, data and settings; if not, they go.
+    """
+    out, size = Path(out), (run.model.preset.height, run.model.preset.width)
+    clips = data.Clips(folder, "test", size, views, frames)
+    settings = dict(seed=seed, frames=frames, views=views, steps=steps, model=run.info, weights=weights_hash(run),
+                    data={episode.folder.name: episode.info for episode in clips.episodes})
+    if not clips.held_out:
+        print(f"{folder} has episodes of one split only: the clips are not held out")
+    made_with, there = out / "made_with.json", list(out.glob("*/prediction.npz"))
+    if there and not made_with.exists():
+        raise ValueError(f"{out} holds predictions that evaluate.py did not make: move them away")
+    if there and data.read_json(made_with) != json.loads(json.dumps(settings)):
+        for stale in there:
+            stale.unlink()
+    write_json(made_with, settings)
+    made = {f"clip_{i:03d}": out / f"clip_{i:03d}" for i in range(count)}
+    for i, (name, path) in enumerate(tqdm(made.items(), desc=f"sampling {out}", unit="clip")):
+        if not (path / "prediction.npz").exists():
+            prediction = sample.predict(run, clips.clip(i), frames=frames, steps=steps, seed=1000 * seed + i)
+            write_npz(path / "prediction.npz", prediction)
+    return made
+
 
 # the four rows of the paper's table, as flags of train.py
-ABLATION = {
-    "ours": [],
-    "w/o MV attention": ["--mv_attention", "none"],
-    "SVD": ["--rgb_only", "--mv_attention", "none"],
-    "SVD w/ MV attention": ["--rgb_only", "--mv_attention", "rgb"],
-}
+ABLATION = {"ours": [], "w/o MV attention": ["--mv_attention", "none"], "SVD": ["--rgb_only", "--mv_attention", "none"],
+            "SVD w/ MV attention": ["--rgb_only", "--mv_attention", "rgb"]}
 
 
 def train_ablation(task, folder, run, seeds, flags=()):
-    """Trains each row with each seed at the same budget, on the same VAEs; returns {label: run folders}.
-
-    Each is a plain `python train.py`, which goes on where it was, and returns at once if it was done.
-    """
-    runs = {}
-    for label, row_flags in ABLATION.items():
-        for seed in seeds:
+    """Trains each row with each seed at the same budget, on the same codes: {label: run folders}. Each is a plain
+    `python train.py`, which goes on where it was, and returns at once if it was done."""
+    runs = {label: [] for label in ABLATION}
+    for seed in seeds:
+        for label, switches in ABLATION.items():
             out = run / "ablation" / f"{re.sub(r'[^a-z]+', '_', label.lower())}_seed_{seed}"
-            command = [sys.executable, str(Path(__file__).with_name("train.py")), "--task", str(task),
-                       "--data", str(folder), "--out", str(out), "--vae", str(run), "--seed", str(seed),
-                       *row_flags, *flags]
-            print("ablation:", " ".join(command[1:]), flush=True)
-            if subprocess.run(command).returncode:
+            words = "--task", task, "--data", folder, "--out", out, "--vae", run, "--seed", seed, *switches, *flags
+            print("ablation: train.py", *words, flush=True)
+            script = Path(__file__).with_name("train.py")
+            if subprocess.run([sys.executable, *map(str, (script, *words))]).returncode:
                 raise ValueError(f"--ablation: train.py stopped in {out} (see above)")
-            runs.setdefault(label, []).append(out)
+            runs[label].append(out)
     return runs
 
 
-# --------------------------------------------------------------------- closed loop in the synthetic world
+# ------------------------------------------------------------------------------------------------ closed loop
 
 ROLLOUT_SEED = 1_000_000    # worlds of rollouts count from here; training episodes are numbered from 0
-ASTRAY = 0.05               # metres from the script's path at which a hand counts as having left it
+ASTRAY = 0.05               # m from the script's path at which a hand counts as having left it
 STRIDE = data.HZ // data.CLIP_HZ                            # steps of the world per frame of a clip
+LIMIT = 30                  # frames that a try may last: fifteen seconds
+CANDIDATES = 16             # cameras of which a try takes those that see most of the hand
 FAILURES = ("generation", "tracking", "execution")
 PUBLISHED_SUCCESS = {1: ".73", 2: ".67", 3: ".53"}
-PLACED = 128, 160           # the image size at which cameras are placed; each row then films in its own
-CHUNKS = 3                  # observations per rollout; one carries the hand for five seconds
 
 
-def observe(world, cameras, size):
-    """What the robot knows now: prediction.npz's observed arrays. cameras: intrinsics (V,3,3), cam_in_world (V,4,4)."""
-    intrinsics, cam_in_world = cameras
-    rgb, depth, label, _ = world.observe(intrinsics, cam_in_world, size)
-    labels = np.array([data.RIGHT_GRIPPER, data.LEFT_GRIPPER][:len(world.opening)])
-    return dict(observed_rgb=rgb, observed_depth=depth, intrinsics=intrinsics,
-                observed_gripper=label[:, None] == labels[:, None, None], observed_opening=np.array(world.opening),
-                observed_gripper_in_ref=data.invert(cam_in_world[0]) @ world.gripper_in_world)
-
-
-def place_cameras(world, draw, size, views, candidates=32):
-    """Cameras that no episode was filmed with: of `candidates` random ones the V that see most of the hand, as a person
-    would place them, when the script hides it most. A hand below a shelf is seen by few, and what no camera sees no
-    tracker can follow. Returns intrinsics (V,3,3), cam_in_world (V,4,4).
+def place_cameras(world, draw, size, views=2):
+    """Cameras that no episode was filmed with: intrinsics (V,3,3), cam_in_world (V,4,4). As a person would, each is
+    chosen among random ones to show most of the hand in that frame of the script in which those before it show least.
     """
-    world, (grippers, openings) = copy.deepcopy(world), world.demonstration
-    tips = grippers[..., :3, 3] + data.TCP * grippers[..., :3, 2]
-    intrinsics, cam_in_world = data.sample_cameras(draw, tips, size, candidates)
-    small = 32, 40
-    seen = []                                                           # gripper pixels, (frames, arms, candidates)
-    for t, step in enumerate(zip(grippers, openings)):
+    world, script, seen, chosen = copy.deepcopy(world), world.demonstration, [], []
+    tips = script[0][..., :3, 3] + data.TCP * script[0][..., :3, 2]
+    intrinsics, cam_in_world = data.sample_cameras(draw, tips, size, CANDIDATES)
+    small = data.scale_intrinsics(intrinsics, size, (32, 40)), cam_in_world, (32, 40)
+    for t, step in enumerate(zip(*script)):
         world.step(*step)
         if t % STRIDE == 0:
-            label = world.observe(data.scale_intrinsics(intrinsics, size, small), cam_in_world, small)[2]
+            label = world.film(*small)[2]
             seen.append([(label == arm).sum((1, 2)) for arm in range(1, 1 + len(world.opening))])
-    best_view = lambda choice: np.array(seen)[..., list(choice)].max(-1)                       # (frames, arms)
-    choice = list(max(permutations(range(candidates), views), key=lambda c: (best_view(c).min(), best_view(c).sum())))
-    return intrinsics[choice], cam_in_world[choice]
+    for _ in range(views):
+        shown = {c: np.array(seen)[..., [*chosen, c]].max(-1) for c in range(CANDIDATES) if c not in chosen}
+        chosen.append(max(shown, key=lambda c: (shown[c].min(), shown[c].sum())))  # (frames, arms)
+    return intrinsics[chosen], cam_in_world[chosen]
 
 
-def scripted_future(world, start, cameras, size, frames):
-    """The video that a perfect generator would make: the script played on, from the world as it is, in a copy of it.
-
-    Returns the arrays of prediction.npz, with the hands' true path (frame 0 is now).
-    """
-    world, (grippers, openings) = copy.deepcopy(world), world.demonstration
-    intrinsics, cam_in_world = cameras
-    video, path = [], [(world.gripper_in_world, world.opening)]
-    for t in range(start + 1, start + 1 + frames * STRIDE):
-        t_now = min(t, len(grippers) - 1)
-        world.step(grippers[t_now], openings[t_now])
-        if (t - start) % STRIDE == 0:
-            video.append(world.observe(intrinsics, cam_in_world, size)[:2])
+def scripted_future(world, step, cameras, size, frames=10):
+    """The clip of a perfect generator: the script played on from `step`, in a copy of the world as it is."""
+    clip, world = world.observe(*cameras, size), copy.deepcopy(world)
+    script, video, path = list(zip(*world.demonstration)), [], [(world.gripper_in_world, world.opening)]
+    for t in range(step + 1, step + 1 + frames * STRIDE):
+        world.step(*script[min(t, len(script) - 1)])
+        if (t - step) % STRIDE == 0:
+            video.append(world.film(*cameras, size)[:2])
             path.append((world.gripper_in_world, world.opening))
-    rgb, depth = (np.stack(images, 1) for images in zip(*video))                                # (V, T, H, W[, 3])
-    view_in_ref = data.invert(cam_in_world[0]) @ cam_in_world
-    points_in_cam, valid = data.point_maps(depth, intrinsics[:, None])
-    gripper_in_world, opening = (np.stack(values) for values in zip(*path))
-    return dict(rgb=rgb, points=data.transform(points_in_cam, view_in_ref), valid=valid, view_in_ref=view_in_ref,
-                true_gripper_in_ref=data.invert(cam_in_world[0]) @ gripper_in_world, true_opening=opening)
+    rgb, depth = (np.stack(pictures, 1) for pictures in zip(*video))  # (V, T, H, W[, 3])
+    gripper_in_world, opening = map(np.stack, zip(*path))
+    points, valid = data.point_maps(depth, cameras[0][:, None])
+    world_in_ref = invert(cameras[1][0])
+    view_in_ref = world_in_ref @ cameras[1]
+    return clip | dict(rgb=rgb, points=transform(points, view_in_ref), valid=valid, view_in_ref=view_in_ref,
+                       true_gripper_in_ref=world_in_ref @ gripper_in_world, true_opening=opening)
 
 
-def execute(world, motion, opening):
-    """Move the hands as tracked: motion (T,A,4,4) from the first frame, in each hand's own; opening (T+1,A) m; at 2 Hz.
+def execute(world, path, frames, watch=lambda: None):
+    """Moves the hands along the first `frames` steps of a tracked path, in straight lines, at the world's rate.
 
-    Only the robot's own idea of where its hands are is needed, no camera pose. Straight lines between frames, at 10 Hz.
-    Half a second holds an arrival and a grasp, or a grasp and a departure, and a hand must not close while it moves.
-    Where the fingers move by more than 3 mm, they move last if the hand goes on in the direction that it came from (it
-    arrives), and first if it takes the direction that it leaves in.
+    Only the motion since the observed frame is used, in each hand's own frame: no camera pose. Fingers that open by
+    more than 3 mm do so before the hand moves on: half a second can hold a release and a departure.
     """
-    first = world.gripper_in_world
-    targets = first @ motion
-    path = np.concatenate([first[None], targets])[..., :3, 3]                                   # (T+1, A, 3)
-    steps = np.pad(np.diff(path, axis=0), ((1, 1), (0, 0), (0, 0)))                             # (T+2, A, 3)
-    heading = steps / np.linalg.norm(steps, axis=-1, keepdims=True).clip(1e-6)
-    came, goes, leaves = heading[:-2], heading[1:-1], heading[2:]
-    arrives = (goes * came).sum(-1) >= (goes * leaves).sum(-1)                                  # (T, A)
-    grasps = np.abs(np.diff(opening, axis=0)) > 0.003
-    s = np.arange(1, STRIDE + 1) / STRIDE
-    early, late = (2 * s).clip(0, 1), (2 * s - 1).clip(0, 1)
-    for t in range(len(targets)):
-        start, start_width = world.gripper_in_world, np.array(world.opening)
-        hand = np.where(grasps[t], np.where(arrives[t], early[:, None], late[:, None]), s[:, None])      # (STRIDE, A)
-        fingers = np.where(grasps[t], np.where(arrives[t], late[:, None], early[:, None]), s[:, None])
-        for share, width in zip(hand, start_width + fingers * (opening[t + 1] - start_width)):
-            world.step(np.stack([data.between(*arm) for arm in zip(start, targets[t], share)]), width)
+    first, openings = world.gripper_in_world, path["opening"]  # (A, 4, 4), (F, A)
+    targets = first @ invert(path["gripper_in_ref"][0]) @ path["gripper_in_ref"]  # (F, A, 4, 4)
+    even = np.arange(1, STRIDE + 1)[:, None] / STRIDE
+    for target, opening in zip(targets[1:frames + 1], openings[1:]):
+        start, width = world.gripper_in_world, np.array(world.opening)
+        release = opening - width > 0.003
+        hand, fingers = np.where(release, 2 * even - 1, even).clip(0), np.where(release, 2 * even, even).clip(max=1)
+        for share, wide in zip(hand, width + fingers * (opening - width)):  # (A,), (A,)
+            world.step(np.stack([data.between(*arm) for arm in zip(start, target, share)]), wide)
+        watch()
 
 
-def bridge(path):
-    """A track whose lost frames between two found ones lie on the straight line between these; elsewhere it holds."""
-    in_ref, opening = path["gripper_in_ref"].copy(), path["opening"].copy()
-    for a in range(in_ref.shape[1]):
-        found = np.flatnonzero(~path["lost"][:, a])
-        for before, after in zip(found[:-1], found[1:]):
-            for t in range(before + 1, after):
-                s = (t - before) / (after - before)
-                in_ref[t, a] = data.between(in_ref[before, a], in_ref[after, a], s)
-                opening[t, a] = opening[before, a] + s * (opening[after, a] - opening[before, a])
-    return {**path, "gripper_in_ref": in_ref, "opening": opening}
+def rollout(task, seed, size, imagine, generated, views=2, acted=10, film=None):
+    """One try: observe, imagine, track, act on the first `acted` frames, again. 'success', or what failed first:
 
-
-def rollout(task, seed, size, imagine, generated, views=2, frames=10):
-    """One try: observe, imagine, track, execute, again. Returns 'success', or what failed first.
-
-    imagine(observation, world, start, cameras) -> the arrays of a 4D video, or None to hold still. A failure is due to
-      tracking    the track left the script's path by more than 5 cm while lost, or in a true video;
-      generation  it did so in a generated video, and nothing was lost;
-      execution   the hand followed the script, and still the object is not where it belongs.
+    tracking    the track left the script's path by more than 5 cm while lost, or in a true video;
+    generation  it did so in a generated video, and nothing was lost;
+    execution   the hand followed the script, and still the object is not where it belongs.
+    imagine(world, step, cameras, size) -> a clip with a prediction, or None to hold still. film: gets pictures.
     """
-    world = data.World(task)
+    world, failure = data.World(task), None
     world.reset(seed)
-    grippers, _ = world.demonstration
-    intrinsics, cam_in_world = place_cameras(world, np.random.default_rng([task, seed, 2]), PLACED, views)
-    cameras = data.scale_intrinsics(intrinsics, PLACED, size), cam_in_world
-    failure = None
-    for start in range(0, CHUNKS * frames * STRIDE, frames * STRIDE):
-        observation = observe(world, cameras, size)
-        video = imagine(observation, world, start, cameras)
-        if video is None:
+    script = world.demonstration[0]
+    cameras = place_cameras(world, np.random.default_rng([task, seed, 2]), size, views)
+    watch = lambda: None if film is None else film.append(world.film(*cameras, size)[0][0])
+    for frame in range(0, LIMIT, acted):
+        clip = imagine(world, frame * STRIDE, cameras, size)
+        if clip is None:
             return "success" if world.success() else "held still"
-        path = bridge(track.track({**observation, **video}))
-        execute(world, data.invert(path["gripper_in_ref"][0]) @ path["gripper_in_ref"][1:], path["opening"])
+        path = track.track(clip)
+        execute(world, path, acted, watch)
         if world.success():
             return "success"
-        times = np.minimum(start + STRIDE * (1 + np.arange(frames)), len(grippers) - 1)
-        ref_in_world = cameras[1][0]
-        off, _ = pose_errors(ref_in_world @ path["gripper_in_ref"][1:], grippers[times])        # (T, A)
-        astray = off > ASTRAY
+        now = np.minimum(STRIDE * (frame + 1 + np.arange(acted)), len(script) - 1)
+        in_ref, lost = path["gripper_in_ref"][1:acted + 1], path["lost"][1:acted + 1]
+        astray = pose_errors(cameras[1][0] @ in_ref, script[now])[0] > ASTRAY  # (acted, A)
         if failure is None and astray.any():
-            failure = "generation" if generated and not (astray & path["lost"][1:]).any() else "tracking"
+            failure = "generation" if generated and not (astray & lost).any() else "tracking"
     return failure or "execution"
 
 
-def rollouts(task, count, size, out, model=None, vaes=None, clip=None, steps=25, frames=10, device="cpu"):
-    """The success rates of a trained model, of the oracle, and of holding still, on the same worlds and cameras.
-
-    The model films in its own size; the oracle in `size`, and in the model's too, so that what the pixels cost is seen.
-    """
-    def generate(observation, world, start, cameras):
-        seen = [observation[key] for key in ("observed_rgb", "observed_depth", "intrinsics")]
-        own_points, _ = data.point_maps(*seen[1:])
-        to_batch = lambda x: torch.from_numpy(np.moveaxis(x, -1, 1).astype(np.float32))[None].to(device)
-        observed = to_batch(seen[0] / 127.5 - 1), to_batch(data.normalize_points(own_points))
-        generator = torch.Generator().manual_seed(start)
-        rgb, points = sample.sample_views(model, vaes, clip, *observed, frames, steps, generator=generator)
-        return sample.to_prediction(*seen, rgb[0], points[0])
-
-    oracle = lambda size: (lambda _, *now: scripted_future(*now, size, frames), False, size)
-    rows = {f"oracle: the true future, {size[0]} x {size[1]}": oracle(size),
-            "hold still": (lambda *_: None, False, size)}
-    if model is not None:
-        own = model.preset.height, model.preset.width
-        rows = {f"ours, {own[0]} x {own[1]}": (generate, True, own),
-                f"oracle: the true future, {own[0]} x {own[1]}": oracle(own), **rows}
-    results = {}
-    lines = ["| | success | Wilson 95 % | " + " | ".join(f"failed: {reason}" for reason in FAILURES) + " |",
-             "|---" * 6 + "|"]
-    for label, (imagine, generated, row_size) in rows.items():
-        tries = range(ROLLOUT_SEED, ROLLOUT_SEED + count)
-        outcomes = [rollout(task, seed, row_size, imagine, generated, frames=frames)
-                    for seed in tqdm(tries, desc=label, unit="rollout")]
-        won = outcomes.count("success")
+def rollouts(task, count, out, run=None, size=(128, 160), views=2, acted=10, frames=10, steps=None):
+    """Success of a run, of the oracle and of holding still on the same worlds; writes rollouts.json and .md."""
+    imagine = {"oracle: the true future": (lambda *now: scripted_future(*now, frames), False),
+               "hold still": (lambda *_: None, False)}
+    if run is not None:
+        predict = lambda world, step, cameras, size: sample.predict(run, world.observe(*cameras, size), frames=frames,
+                                                                    steps=steps, seed=step)
+        imagine = {"ours": (predict, True), **imagine}
+    outcomes, out, started = {label: [] for label in imagine}, Path(out), time.time()
+    for i in tqdm(range(count), desc="rollouts", unit="try"):
+        for label, how in imagine.items():
+            film = [] if i == 0 else None
+            outcomes[label].append(rollout(task, ROLLOUT_SEED + i, size, *how, views, acted, film))
+            if film:
+                seconds = np.arange(1, 1 + len(film)) / data.CLIP_HZ
+                data.write_gif(out / f"{label.split(':')[0]}.gif", film, data.CLIP_HZ, seconds)
+        if i == 0:
+            tqdm.write(f"{count} tries: about {(count - 1) * (time.time() - started) / 60:.0f} min more")
+    lines = [f"| | success | Wilson 95 % | failed: {' | failed: '.join(FAILURES)} |", "|---" * 6 + "|"]
+    for label, found in outcomes.items():
+        won, failed = found.count("success"), " | ".join(str(found.count(reason)) for reason in FAILURES)
         low, high = wilson_interval(won, count)
-        failures = {reason: outcomes.count(reason) for reason in FAILURES}
-        results[label] = dict(rollouts=count, success=won, rate=won / count, wilson=[low, high], failures=failures,
-                              outcomes=outcomes)
-        lines.append(f"| {label} | {won}/{count} = {won / count:.2f} | {low:.2f}-{high:.2f} | "
-                     + " | ".join(str(failures[reason]) for reason in FAILURES) + " |")
-    lines.append(f"| *paper: ours, 30 rollouts* | {PUBLISHED_SUCCESS[task]} | | | | |")
-    lines += ["", f"- task {task} ({data.TASKS[task].name}), synthetic world. A rollout has two new cameras, the "
-              f"best-seeing of 32, and at most {CHUNKS} observations, {frames} frames after each"]
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "rollouts.json").write_text(json.dumps(dict(task=task, size=size, rows=results), indent=1))
-    (out / "rollouts.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    print(f"written: {out}/rollouts.json, rollouts.md")
-    return results
+        lines.append(f"| {label} | {won}/{count} = {won / count:.2f} | {low:.2f}-{high:.2f} | {failed} |")
+    settings = dict(task=task, size=size, views=views, acted=acted, frames=frames, steps=steps, limit=LIMIT)
+    lines += [f"| *paper: ours, 30 rollouts* | {PUBLISHED_SUCCESS[task]} | | | | |", "",
+              "- " + ", ".join(f"{key} {value}" for key, value in settings.items())]
+    write_json(out / "rollouts.json", settings | dict(weights=run and weights_hash(run), outcomes=outcomes))
+    with data.writing(out / "rollouts.md") as partial:
+        partial.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines), f"\nwritten: {out}/rollouts.json, rollouts.md, *.gif")
+    return outcomes
 
 
-# --------------------------------------------------------------------------------------------------------- commands
+def wilson_interval(successes, trials, z=1.96):
+    """Wilson's 95 % interval of a success rate (Brown et al. 2001, eq. 4); honest at 0 and 1, unlike +- 1.96 sigma."""
+    p, n = successes / trials, trials
+    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
-def found_predictions(folder):
-    folders = sorted(path.parent for path in Path(folder).rglob("prediction.npz"))
-    if not folders:
-        raise ValueError(f"--predictions {folder}: no NAME/prediction.npz in there")
-    return folders
+
+# ------------------------------------------------------------------------------------------------ commands
+
+FLAGS = {           # type, which commands do something with it (in the others it is refused), help
+    "data": (str, "clips ablation", "packed episodes [data/task_N]"),
+    "run": (str, "clips ablation rollout", "folder that train.py wrote [runs/task_N]"),
+    "out": (str, "clips predictions ablation rollout", "folder of results [RUN/evaluation, /ablation, /rollouts; DIR]"),
+    "clips": (int, "clips ablation", "held-out clips to sample and score [24]"),
+    "views": (int, "clips ablation rollout", "views of a clip, the first is the reference [2]"),
+    "frames": (int, "clips ablation rollout", "frames to predict, two a second [10]"),
+    "steps": (int, "clips ablation rollout", "steps of the sampler [sample.py's]"),
+    "seeds": (int, "clips ablation", "of the sampler's noise, and of the training with --ablation [0 1]"),
+    "i3d": (str, "clips predictions ablation", "TorchScript I3D for FVD and MMD [the hub's, if it was downloaded]"),
+    "minutes": (float, "ablation", "to train each row and seed [train.py's]"),
+    "train_steps": (int, "ablation", "the same in steps [train.py's]"),
+    "preset": (str, "ablation", "of the models [train.py's]"),
+    "execute": (int, "rollout", "frames to act on before looking again [--frames]"),
+    "size": (data.parse_size, "rollout", "HxW of what is filmed [the model's; 128x160 without one]"),
+}
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    tasks = "; ".join(f"{number} {task.name}" for number, task in data.TASKS.items())
+    parser.add_argument("--task", type=int, choices=data.TASKS, help=tasks)
+    command = parser.add_mutually_exclusive_group()
+    command.add_argument("--predictions", metavar="DIR", help="score every prediction.npz below DIR; an array gripper "
+                         "(V,T,H,W) in it, from SAM 2, say, takes the place of the tracker's masks")
+    command.add_argument("--ablation", action="store_const", const=True, help="train and score the paper's four rows")
+    command.add_argument("--rollout", type=int, metavar="N", help="N closed-loop tries, with RUN's model if any")
+    for name, (kind, _, text) in FLAGS.items():
+        parser.add_argument(f"--{name}", type=kind, help=text, nargs="+" if name == "seeds" else None)
+    args = parser.parse_args()
+    modes = [mode for mode in ("predictions", "ablation", "rollout") if getattr(args, mode) is not None]
+    args.mode = (modes + ["clips"])[0]
+    for name, value in vars(args).items():
+        if name in FLAGS and value is not None and args.mode not in FLAGS[name][1]:
+            raise ValueError(f"--{name} does nothing for {args.mode}, only for {FLAGS[name][1]}: leave it out")
+        if type(value) in (int, float) and value < (least := {"views": 2, "minutes": 0.01}.get(name, 1)):
+            raise ValueError(f"--{name} {value}: at least {least} is needed")
+    args.views, args.frames, args.seeds = args.views or 2, args.frames or 10, args.seeds or [0, 1]
+    args.execute = args.execute or args.frames
+    if args.execute > args.frames:
+        raise ValueError(f"--execute {args.execute}: only {args.frames} frames are predicted (--frames)")
+    if not args.predictions and not args.task:
+        raise ValueError("say --task N, or --predictions DIR")
+    return args
+
+
+def load(folder):
+    """A run on the GPU if there is one, where the paper's model goes in bf16: it loses nothing by it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = sample.read_info(folder)["preset"]["clip"] and device == "cuda"
+    return sample.load_run(folder, device, torch.bfloat16 if half else torch.float32)
+
+
+def score_task(args, run, folder, out):
+    """Samples, tracks and scores the held-out clips with RUN, or with the four rows of the ablation."""
+    runs, methods = {"ours": [run] * len(args.seeds)}, {}
+    if args.ablation:
+        flags = {"--minutes": args.minutes, "--steps": args.train_steps, "--preset": args.preset}
+        flags = [word for flag in flags.items() if flag[1] for word in flag]
+        runs = train_ablation(args.task, folder, run, args.seeds, flags)
+    count, rows = args.clips or 24, len(runs) * len(args.seeds)
+    for label, trained, seed in ((label, *pair) for label in runs for pair in zip(runs[label], args.seeds)):
+        loaded, target = load(trained), trained / "evaluation" / f"seed_{seed}"
+        make = lambda n: sample_clips(loaded, folder, n, target, seed, args.views, args.frames, args.steps)
+        if not methods:
+            started = time.time()
+            first, = make(1).values()
+            sampled = time.time()
+            score_row([("", *tracked(load_clip(first)))], load_i3d(args.i3d), {})
+            seconds = rows * (sampled - started) + (rows + 3) * (time.time() - sampled)
+            print(f"{count} clips, {rows} times: about {count * seconds / 60:.0f} min")
+        methods.setdefault(label, []).append(make(count))
+    compare(methods, out, args.i3d, load(runs["ours"][0]))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--task", type=int, choices=data.TASKS, help="; ".join(f"{k} {t.name}" for k, t in data.TASKS.items()))
-    add("--predictions", metavar="DIR", help="score DIR/NAME/prediction.npz instead of sampling; DIR/NAME/masks.npz "
-        "(gripper (V,T,H,W) bool, from SAM 2, say) and trajectory.npz are used where they are there")
-    add("--data", help="packed episodes [data/task_N]")
-    add("--run", help="folder that train.py wrote [runs/task_N]")
-    add("--out", help="folder for the results [RUN/evaluation, or DIR]")
-    add("--clips", type=int, help="at most this many test clips [all: episodes x ordered pairs of test cameras]")
-    add("--views", type=int, default=2, help="views of a clip, the first is the reference")
-    add("--frames", type=int, default=10, help="frames to predict, two a second")
-    add("--steps", type=int, default=25, help="Euler steps of the sampler")
-    add("--seeds", type=int, nargs="+", default=[0, 1], help="of the sampler's noise; of the training with --ablation")
-    add("--protocol", default="ours", choices=["ours", "released"],
-        help="masking of depth; released: as the authors' script, pixels without depth included")
-    add("--i3d", default="cached", help="weights for FVD: hub (download), a file, or cached (the hub's, if it is here)")
-    add("--ablation", action="store_true", help="train and score the four rows of the paper's table")
-    add("--train_steps", type=int, help="steps of each row of --ablation [train.py's default]")
-    add("--preset", help="of --ablation [train.py's default]")
-    add("--rollout", type=int, metavar="N", help="N closed-loop tries in the synthetic world, with RUN's model if any")
-    add("--size", type=data.parse_size, default=(128, 160),
-        help="HEIGHTxWIDTH of the oracle's video in --rollout, pixels")
-    args = parser.parse_args()
-    if not args.task and not args.predictions:
-        raise ValueError("say --task N, or --predictions DIR")
+    args = parse()
     if args.predictions:
-        folder = Path(args.predictions)
-        compare({folder.name or "predictions": [found_predictions(folder)]}, args.out or folder, args.task, args.i3d,
-                args.protocol)
-        return
-    run, folder = Path(args.run or f"runs/task_{args.task}"), args.data or f"data/task_{args.task}"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    predictions = lambda run, seed: sample_test(run, folder, run / "evaluation" / f"seed_{seed}", seed, args.clips,
-                                                args.views, args.frames, args.steps, device)
-    if args.rollout:
-        loaded = None, None, None
-        if (run / "model.json").exists():
-            loaded = sample.load_run(run, device)
-        else:
-            print(f"no model in {run}: oracle and hold-still rows only")
-        rollouts(args.task, args.rollout, args.size, args.out or run / "rollouts", *loaded, args.steps, args.frames,
-                 device)
-        return
-    if args.ablation:
-        flags = ["--steps", str(args.train_steps)] if args.train_steps else []
-        flags += ["--preset", args.preset] if args.preset else []
-        runs = train_ablation(args.task, folder, run, args.seeds, flags)
-        methods = {label: [predictions(trained, seed) for trained, seed in zip(trained_runs, args.seeds)]
-                   for label, trained_runs in runs.items()}
-        compare(methods, args.out or run / "ablation", args.task, args.i3d, args.protocol, runs["ours"][0])
-        return
-    compare({"ours": [predictions(run, seed) for seed in args.seeds]}, args.out or run / "evaluation", args.task,
-            args.i3d, args.protocol, run)
+        top = Path(args.predictions)
+        found = {str(path.parent.relative_to(top)): path.parent for path in sorted(top.rglob("prediction.npz"))}
+        if not found:
+            raise ValueError(f"--predictions {top}: no prediction.npz anywhere below it")
+        print(f"{len(found)} predictions below {top}")
+        return compare({top.name or "predictions": [found]}, args.out or top, args.i3d)
+    run = Path(args.run or f"runs/task_{args.task}")
+    out = Path(args.out or run / dict(clips="evaluation", ablation="ablation", rollout="rollouts")[args.mode])
+    if args.mode != "rollout":
+        return score_task(args, run, Path(args.data or f"data/task_{args.task}"), out)
+    loaded, size = None, args.size or (128, 160)
+    if args.run or (run / "model.json").exists():
+        loaded = load(run)
+        size = args.size or (loaded.model.preset.height, loaded.model.preset.width)
+        if loaded.model.rgb_only:
+            raise ValueError(f"{run} generates RGB only: no points to track in --rollout")
+    else:
+        print(f"no model in {run}: oracle and hold-still rows only")
+    rollouts(args.task, args.rollout, out, loaded, size, args.views, args.execute, args.frames, args.steps)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        raise SystemExit(f"evaluate.py: {error}")
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        raise SystemExit(f"evaluate.py: {str(error) or 'interrupted'}")

@@ -1,588 +1,732 @@
-"""Train the 4D model: RGB of every view, and every view's pointmaps in the reference view's frame, ten frames ahead.
+"""Train the 4D model: RGB of every view, and every view's pointmap in the reference view's frame, ten frames ahead.
 
-    python train.py --task 1                                  # everything: data, VAEs, model, pictures; a CPU will do
-    python train.py --task 1 --data data/task_1 --preset small                         # one ordinary GPU
-    python train.py --task 1 --preset svd                                              # one 48 GB GPU, SVD's weights
-    torchrun --nproc_per_node 4 train.py --task 1 --preset svd --accumulate 1          # four of them
-    python train.py --task 1 --dry_run                        # print what would be done, and stop
+    python train.py --task 1                                # data, codes, model, pictures, on any machine
+    python train.py --task 1 --minutes 600                  # as many steps as fit into so long
+    python train.py --task 1 --preset svd                   # the paper's model from SVD's weights: one 48 GB GPU
+    python train.py --task 1 --preset svd --low_memory      # one 24 GB GPU; LowMemoryAdamW says at what price
+    torchrun --nproc_per_node 4 train.py --task 1 --preset svd --accumulate 1
+    python train.py --task 1 --init runs/released_1         # from the weights of another run, or the authors' own
+    python train.py --task 1 --dry_run                      # what would be done, and the memory it takes
 
-Stopped and started again with the same command, it goes on where it was. Writes into runs/task_N: model.safetensors and
-model.json (the averaged weights; sample.py reads these), resume.safetensors (everything to go on), log.jsonl, loss.png,
-sheet_STEP.png. Stage 1, the data and the two VAEs, runs first where its outputs are missing.
+Stopped and started again with the same command, it goes on where it was, to the bit. Writes into runs/task_N:
+model.safetensors and model.json (averaged weights, for sample.py), resume.pt (all else that a resumed run needs),
+log.jsonl, sheet_STEP.png. Stage 1, data and codes, runs first where its outputs are missing.
 
-The loss (arXiv 2507.01099): for each stream the denoiser's error on clean latents, weighted by noise level,
-    L = sum over frames of  L_diff(RGB of every view) + lambda * L_3D-diff(pointmaps of every view, in reference frame).
+The loss (arXiv 2507.01099) is each stream's error on clean latents, weighted by noise level:
+    L = mean over views and frames of  L_diff(RGB) + lambda * L_3D-diff(pointmaps in the reference's frame)
 
-Letters   B samples, V views, S streams (0 RGB, 1 pointmap), T frames, C latent channels, h w latent cells, H W pixels
-References: the method, arXiv 2507.01099; EDM, arXiv 2206.00364 (noise levels, preconditioning, loss weight);
-SVD, arXiv 2311.15127.
+Letters   B samples, V views, S streams (0 RGB, 1 pointmap), T predicted frames, C latent channels, H W pixels, h w
+          latent cells, K matrices of one shape
+References: the method, arXiv 2507.01099; EDM (noise levels and weights), arXiv 2206.00364; predicting x_0, arXiv
+2511.13720; Muon, Jordan 2024, kellerjordan.github.io/posts/muon.
 """
 import argparse
+import errno
 import json
 import math
 import os
 import platform
+import signal
 import subprocess
-import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data as D
-import model as M
-import sample as S
-from vae import Muon, Stop
+import data
+import evaluate
+from model import PRESETS, SVD_REPO, CLIPImageEncoder, Model4D, Preset, choose_preset, count, load_weights
+from sample import contact_sheet, encode_conditions, encode_targets, load_frozen, predict, read_info
+from vae import VAE, writing_tensors
+from vae import main as make_codes
 
-# What a preset trains with, unless a flag says otherwise.
-#   steps          optimiser steps
-#   single         share of the steps spent on single frames first, single_batch pairs of views each: what teaches the
-#                  geometry is the number of view pairs seen, and one frame shows the same pair as ten do, at a tenth
-#                  of the price
-#   batch          clips a step and process, after that
-#   muon_lr        learning rate of the weight matrices under Muon, 0: AdamW for everything, as in the paper. From
-#                  scratch Muon learns faster (README has the measurement); lr is AdamW's, for all the rest
-#   P_mean, P_std  ln(sigma) ~ N(P_mean, P_std^2). The pretrained U-Net keeps SVD's. From scratch more noise is needed:
-#                  at low noise the noisy target itself tells where the other camera is, and the cross-view attention
-#                  has nothing to learn
-DEFAULTS = {
-    "tiny": dict(steps=600, single=0.7, single_batch=32, batch=4, accumulate=1, lr=2e-3, muon_lr=0.02,
-                 betas=(0.9, 0.98), weight_decay=0.01, warmup=30, ema=0.99, P_mean=1.5, P_std=1.8,
-                 checkpointing=False, eval_every=300),
-    "small": dict(steps=12000, single=0.5, single_batch=64, batch=8, accumulate=1, lr=1e-3, muon_lr=0.01,
-                  betas=(0.9, 0.98), weight_decay=0.01, warmup=200, ema=0.999, P_mean=1.5, P_std=1.8,
-                  checkpointing=False, eval_every=1000),
-    "svd": dict(steps=30000, single=0.0, single_batch=1, batch=1, accumulate=4, lr=1e-5, muon_lr=0.0,
-                betas=(0.9, 0.999), weight_decay=0.01, warmup=100, ema=0.0, P_mean=1.0, P_std=1.6,
-                checkpointing=True, eval_every=2500),
+try:
+    import fcntl
+except ImportError:                                      # Windows: nothing keeps a second process out of a run folder
+    fcntl = None
+
+# A flag's default, [tiny, small, svd] where it depends on the preset, or (choices), the first of them; and its help.
+# --single: geometry is learned from many view pairs, and one frame shows a pair as ten do, at a tenth of the price.
+# --P_mean: at low noise the target itself gives the other camera away, and cross-view attention has nothing to learn.
+FLAGS = {
+    "steps": ([1200, 12000, 30000], "optimiser steps"),
+    "single": ([0.9, 0.6, 0.0], "share of them, the first, on single frames"),
+    "single_batch": ([32, 64, 1], "single-frame samples a batch and process"),
+    "batch": ([2, 3, 1], "clips a batch and process"),
+    "accumulate": ([1, 1, 4], "batches a step"),
+    "lr": ([2e-3, 1e-3, 1e-5], "peak learning rate of AdamW"),
+    "muon_lr": ([0.02, 0.01, 0.0], "of Muon's matrices; 0: AdamW for all, as in the paper"),
+    "beta2": ([0.98, 0.98, 0.999], "AdamW's memory of squared gradients"),
+    "warmup": ([30, 200, 100], "steps of linear warm-up; cosine to 0 follows"),
+    "ema": ([0.995, 0.999, 0.0], "decay of the weight average, 0: none"),
+    "P_mean": ([2.5, 2.5, 1.0], "mean of ln(sigma)"),
+    "P_std": ([1.8, 1.8, 1.6], "standard deviation of ln(sigma)"),
+    "weight_cap": ([5.0, 5.0, 1e9], "largest weight of a noise level"),
+    "mask_weight": ([3.0, 3.0, 1.0], "extra weight of cells with a gripper in or beside them"),
+    "moving_weight": ([2.0, 2.0, 0.0], "extra weight of cells in which something moves"),
+    "dropout": ([0.0, 0.0, 0.1], "of each condition, for guidance"),
+    "lambda_3d": (1.0, "weight of the pointmaps in the loss"),
+    "minutes": (0.0, "train so long: steps are set from the speed of a few, for good [by --steps]"),
+    "task": (tuple(data.TASKS), "; ".join(f"{number} {task.name}" for number, task in data.TASKS.items())),
+    "data": ("", "packed episodes, rendered where missing [data/task_N]"),
+    "out": ("", "run folder [runs/task_N]"),
+    "vae": ("", "folder of vae_rgb and vae_pointmap, made where missing [OUT]"),
+    "preset": (("auto", *PRESETS), "auto: tiny or small, by GPU"),
+    "init": (SVD_REPO, "a run folder to start from; svd: or a hub repo, or a folder in its layout"),
+    "mv_attention": (("points", "none", "rgb"), "none; rgb, with --rgb_only: ablations"),
+    "rgb_only": (False, "ablation: no pointmaps"),
+    "views": (2, "views a sample, the first is the reference"),
+    "precision": (("auto", "bf16", "fp32"), "auto: bf16 where it is faster"),
+    "low_memory": (False, "see LowMemoryAdamW"),
+    "compile": (False, "torch.compile the model"),
+    "workers": (-1, "that load clips [CPU 0, GPU 8]"),
+    "save_every": (200, "steps between saves"),
+    "eval_every": (0, "steps between evaluations [a quarter of all]"),
+    "seed": (0, "of weights, clips and noise"),
+    "dry_run": (False, "print settings and memory, then stop"),
 }
+WEIGHT_DECAY, CLIP_GRAD = 0.01, 1.0         # of AdamW; largest norm of the gradient
 SINGLE_FRAMES, WHOLE_CLIPS = 0, 1           # the two phases
-NOISE_BUCKETS = (0.1, 1.0, 10.0)            # sigma; the log gives the loss below, between and above these
+NOISE_EDGES, NOISE_NAMES = (0.1, 1.0, 10.0), ("below_0.1", "0.1_to_1", "1_to_10", "above_10")     # losses in the log
+LOG_EVERY, EVAL_CLIPS = 20, 6               # steps; held-out clips of an evaluation
+# MiB that backward needs for a frame of two views, in clips and alone, in bf16: counted by tests/test_memory.py
+ACTIVATIONS = {"tiny": (9.3, 6.6), "small": (316, 157), "svd": (381, 381)}
+EXPLODED = 1e3                              # no weight comes near this while a network learns
 
 
 # ---------------------------------------------------------------------------------------------- the loss, and its noise
 
-def draw_noise(seed, index, shape, P_mean, P_std, dropout):
-    """Everything random about training sample `index`: a function of (seed, index), so that a resumed run repeats it,
-    and so does a run on another number of processes.
+def cell_share(mask, cell):
+    """Pixels (..., H, W) bool -> (..., h, w), the share of each latent cell's pixels."""
+    return F.avg_pool2d(mask.flatten(0, -3).float()[:, None], cell)[:, 0].unflatten(0, mask.shape[:-2])
 
-    Returns noise (V, S, T, C, h, w), sigma (one for all views, streams and frames), and whether to keep its two
-    conditions.
+
+def training_loss(net, x_0, cond, embeds, item, noise, sigma, args):
+    """The loss of B samples, (B,).
+
+    x_0, noise (B, V, S, T, C, h, w): clean latents, standard normal; sigma (B,): one level for all streams of a sample;
+    cond, embeds: the observed frame, from sample.encode_conditions; item: masks, from data.to_tensors.
     """
-    draw = np.random.default_rng([seed, 1, index])
-    sigma = math.exp(P_mean + P_std * draw.standard_normal())
-    keep_latent, keep_embed = draw.random(2) >= dropout
-    return torch.from_numpy(draw.standard_normal(shape, dtype=np.float32)), sigma, keep_latent, keep_embed
+    cell = item["valid"].shape[-1] // x_0.shape[-1]
+    weight = ((sigma ** 2 + 1) / sigma ** 2).clamp(max=args.weight_cap)                         # (B,)
+    gripper = cell_share(item["gripper"][:, :, 1:].any(3), cell)                                # (B, V, T, h, w)
+    gripper = F.max_pool2d(gripper.flatten(0, 2), 3, stride=1, padding=1).view_as(gripper) > 0
+    moving = cell_share(item["moving"], cell) > 0
+    important = 1 + args.mask_weight * gripper + args.moving_weight * moving
+    measured = cell_share(item["valid"][:, :, 1:], cell)           # where no depth is, a pointmap has nothing to learn
 
-
-def loss_weight(sigma):
-    """EDM's weight on the clean-latent error, for data of unit variance: (sigma^2 + 1) / sigma^2."""
-    return (sigma ** 2 + 1) / sigma ** 2
-
-
-def cell_mask(mask, cell):
-    """Pixels (..., H, W) bool -> latent cells (..., h, w) bool: any pixel of a cell counts, and the cells around it."""
-    cells = F.max_pool2d(mask.flatten(0, -3).float()[:, None], cell)
-    return F.max_pool2d(cells, 3, stride=1, padding=1)[:, 0].unflatten(0, mask.shape[:-2]) > 0
-
-
-def cell_valid(valid, cell):
-    """Pixels (..., H, W) bool -> (..., h, w) in [0, 1]: the share of a cell's pixels where depth was measured."""
-    return F.avg_pool2d(valid.flatten(0, -3).float()[:, None], cell)[:, 0].unflatten(0, valid.shape[:-2])
-
-
-def diffusion_loss(D_x, x_0, sigma, gripper, valid, mask_weight, lambda_3d):
-    """The training loss of B samples, (B,), and its parts (B, V, S) before the noise weight.
-
-    D_x, x_0 (B, V, S, T, C, h, w) predicted and clean latents; sigma (B,); gripper (B, V, T, h, w) bool, latent cells
-    with a gripper in or beside them, which count 1 + mask_weight; valid (B, V, T, h, w) in [0, 1], 0 where no depth was
-    measured.
-    """
-    error = (D_x - x_0).float().square().mean(4)                                           # (B, V, S, T, h, w)
-    cell_weight = torch.ones_like(error) * (1 + mask_weight * gripper[:, :, None])
+    x = x_0 + sigma.view(-1, 1, 1, 1, 1, 1, 1) * noise
+    D_x = net(x, sigma, cond, embeds, item["frame_index"])
+    error = (D_x - x_0).float().square().mean(4)                                                # (B, V, S, T, h, w)
+    L = (error[:, :, 0] * important).mean((1, 2, 3, 4))                                         # L_diff
     if error.shape[2] == 2:
-        # nothing to learn where no depth is
-        cell_weight = torch.stack([cell_weight[:, :, 0], cell_weight[:, :, 1] * valid], 2)
-    parts = (error * cell_weight).mean((3, 4, 5))                                          # (B, V, S)
-    stream_weight = torch.tensor([1.0, lambda_3d], device=parts.device)[:parts.shape[2]]   # L_diff + lambda * L_3D-diff
-    return loss_weight(sigma) * (parts * stream_weight).sum(2).mean(1), parts
+        L = L + args.lambda_3d * (error[:, :, 1] * important * measured).mean((1, 2, 3, 4))     # L_3D-diff
+    return weight * L
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
+class Samples(torch.utils.data.Dataset):
+    """Sample i, a clip and all that is random about it: a function of (seed, i), so that a resumed run repeats it."""
 
-@torch.no_grad()
-def evaluate(model, vaes, clip, loader, device, context):
-    """AbsRel (mean |z - z_true| / z_true, z in the reference frame, measured pixels) of the reference view n and of the
-    other views m, from one denoising step out of pure noise.
+    def __init__(self, clips, latent_shape, args):
+        self.clips, self.latent_shape, self.args = clips, latent_shape, args                    # V, S, C, h, w
 
-    At sigma = 700 the input holds nothing of the answer, so this is what the model infers from the observed frames
-    alone. At a middle sigma the noisy target would give the other camera's pose away. Two baselines without learning
-    come along: n repeated from the observed frame, and m's own points left in m's own frame.
+    def __getitem__(self, i):
+        args, item = self.args, self.clips[i]
+        V, S, *C_h_w = self.latent_shape
+        draw = np.random.default_rng([args.seed, 1, i])
+        sigma = np.float32(math.exp(args.P_mean + args.P_std * draw.standard_normal()))
+        keep = torch.from_numpy(draw.random(2) >= args.dropout)                                 # latent, embedding
+        noise = draw.standard_normal((V, S, len(item["frame_index"]), *C_h_w), dtype=np.float32)
+        return dict(item, sigma=sigma, keep=keep, noise=torch.from_numpy(noise))
+
+
+def sample_numbers(args, phase, rank, world, first, last):
+    """Samples of every batch of steps first..last - 1. Two processes draw what one draws in twice as many batches."""
+    size = args.single_batch if phase == SINGLE_FRAMES else args.batch
+    for batch in range(first * args.accumulate, last * args.accumulate):
+        start = (batch * world + rank) * max(args.single_batch, args.batch)
+        yield range(start, start + size)
+
+
+# -------------------------------------------------------------------------------------------------------- the optimiser
+
+def multiplies_bf16_faster(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is made orthogonal, matrix by matrix: all directions of a layer learn at the same pace."""
+
+    def __init__(self, parameters, lr, momentum=0.95, bf16=False):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum))
+        self.bf16 = bf16
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for p in parameters:
+            self.state[p].setdefault("momentum", torch.zeros_like(p))
+        momenta, grads = [self.state[p]["momentum"] for p in parameters], [p.grad for p in parameters]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])                          # Nesterov's
+        stacks = {}                                     # few large products take less time than many small ones
+        for p, matrix in zip(parameters, ahead):
+            stacks.setdefault((len(p), p[0].numel()), []).append((p, matrix.flatten(1)))        # (out, in * kernel)
+        for (rows, columns), pairs in stacks.items():
+            updates = orthogonal(torch.stack([matrix for _, matrix in pairs]), self.bf16)
+            updates *= max(1, rows / columns) ** 0.5
+            torch._foreach_add_([p for p, _ in pairs], [update.view_as(p) for (p, _), update in zip(pairs, updates)],
+                                alpha=-group["lr"])
+
+
+def orthogonal(matrices, bf16=False, steps=5):
+    """(K, rows, columns) -> the nearest matrices with singular values near 1, by Jordan's Newton-Schulz iteration."""
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x.bfloat16() if bf16 else x
+    x = x.mT if x.shape[1] > x.shape[2] else x
+    for _ in range(steps):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x if x.shape == matrices.shape else x.mT).to(matrices.dtype)
+
+
+class LowMemoryAdamW(torch.optim.Optimizer):
+    """AdamW in 6 bytes a parameter instead of 16: bf16 weights and moments, and no gradients, for a tensor is stepped
+    inside backward as soon as its gradient is complete.
+
+    bf16 has 8 bits: a change by a thousandth would be lost, in every step. Rounded up or down at random, in proportion,
+    it is right in the mean. The price: that noise, no accumulation, one process, clipping tensor by tensor, and a
+    gradient that is not finite is noticed when other layers have been stepped (they are not saved then).
     """
-    sums = {}
-    for item in loader:
-        item = {key: value.to(device) if torch.is_tensor(value) else value for key, value in item.items()}
-        b, v, t = item["rgb"][:, :, 1:].shape[:3]
-        sigma = torch.full((b,), 700.0, device=device)
-        with context():
-            cond, embeds = S.encode_conditions(model, vaes, clip, item["rgb"][:, :, 0], item["own_points"])
-            noise = torch.randn((*cond.shape[:3], t, *cond.shape[3:]),
-                                generator=torch.Generator().manual_seed(0)).to(device)
-            D_x = model(noise * sigma[0], sigma, cond, embeds)
-            rgb, points = S.decode(model, vaes, D_x.float())
-        l2 = (rgb - item["rgb"][:, :, 1:]).float().square().mean((2, 3, 4, 5)) / 4           # (B, V), of [0, 1] images
-        rows = {"psnr": -10 * l2.clamp(min=1e-10).log10()}
-        if points is not None:
-            true = D.denormalize_points(item["points"])[:, :, 1:, 2]                         # (B, V, T, H, W)
-            own = D.denormalize_points(item["own_points"])[:, :, None, 2].expand_as(true)
-            seen = item["valid"][:, :, 1:] & (true > 0)
-            abs_rel = lambda z: (((z - true).abs() / true.clamp(min=1e-3) * seen).sum((2, 3, 4))
-                                 / seen.sum((2, 3, 4)).clamp(min=1))
-            rows.update(abs_rel=abs_rel(points[:, :, :, 2]), baseline=abs_rel(own))
-        for name, values in rows.items():
-            sums.setdefault(name, []).append(values.cpu())
-    mean = {name: torch.cat(values).mean(0) for name, values in sums.items()}                # (V,)
-    return {f"{name}_{view}": round(chosen.item(), 4) for name, values in mean.items()
-            for view, chosen in (("n", values[0]), ("m", values[1:].mean())) if len(values) > 1 or view == "n"}
+
+    def __init__(self, parameters, lr, betas, weight_decay, seed):
+        super().__init__(parameters, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+        self.seed, self.generator = seed, torch.Generator(parameters[0].device)
+        self.norm = torch.zeros((), device=parameters[0].device)         # the step's largest; NaN stays NaN
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(self.step_tensor)
+
+    def begin(self, step):
+        """Before the backward of each step: what is drawn in it depends on nothing else."""
+        self.count = step + 1
+        self.generator.manual_seed(self.seed * 1_000_003 + step)
+        self.norm.zero_()
+
+    def rounded(self, x):
+        """float32 -> bfloat16, up or down with the probabilities that make the mean right."""
+        noise = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=self.generator)
+        return (x.view(torch.int32) + noise).bitwise_and_(-1 << 16).view(torch.float32)
+
+    @torch.no_grad()
+    def step_tensor(self, p):
+        group, state, g = self.param_groups[0], self.state[p], p.grad.float()
+        p.grad = None
+        lr, (b1, b2) = group["lr"], group["betas"]
+        norm = g.norm()
+        self.norm = torch.maximum(self.norm, norm)
+        g *= (CLIP_GRAD / (norm + 1e-6)).clamp(max=1)
+        m = state.setdefault("m", torch.zeros_like(p)).float().lerp_(g, 1 - b1)
+        v = state.setdefault("v", torch.zeros_like(p)).float().lerp_(g.square(), 1 - b2)
+        state["m"].copy_(self.rounded(m))
+        state["v"].copy_(self.rounded(v))
+        update = m / (1 - b1 ** self.count) / ((v / (1 - b2 ** self.count)).sqrt() + 1e-8)
+        p.copy_(self.rounded(p.float() * (1 - lr * group["weight_decay"]) - lr * update))
+
+    def step(self):
+        """Done, in backward."""
+
+
+def split(net, args):
+    """Parameters for AdamW (what embeds the inputs, biases, norms, mixers), and matrices from features to features."""
+    inputs = ("token", "unet.conv_in", "unet.time_embedding", "unet.add_embedding")
+    groups = [], []
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            is_matrix = p.ndim > 1 and not name.startswith(inputs) and "time_emb_proj" not in name
+            groups[bool(args.muon_lr and is_matrix)].append(p)
+    return groups
+
+
+def optimizers_of(net, args):
+    others, matrices = split(net, args)
+    settings = dict(lr=args.lr, betas=(0.9, args.beta2), weight_decay=WEIGHT_DECAY)
+    if args.low_memory:
+        return [LowMemoryAdamW(others, **settings, seed=args.seed)]
+    bf16 = args.precision != "fp32" and multiplies_bf16_faster(others[0].device)
+    muon = [Muon(matrices, args.muon_lr, bf16=bf16)] if matrices else []
+    # fused: `foreach`, CUDA's default, needs a temporary as large as the model
+    return [torch.optim.AdamW(others, **settings, fused=True), *muon]
 
 
 # ------------------------------------------------------------------------------------------------- what is kept on disk
 
-def save(path, tensors, **metadata):
-    """A safetensors file that is the old one or the new one, at any moment. Numbers and settings go into its header."""
-    partial = Path(str(path) + ".partial")
-    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial,
-              metadata={key: json.dumps(value) for key, value in metadata.items()})
-    os.replace(partial, path)
+def save(run, step):
+    """model.safetensors, the weights to use, and resume.pt, the rest: the old two or the new two at any moment."""
+    weights, state, tensors = run.folder / "model.safetensors", run.folder / "resume.pt", run.model.state_dict()
+    largest = torch.stack([p.detach().abs().max() for p in run.model.parameters()]).max().item()
+    if not largest < EXPLODED:
+        raise ValueError(f"a weight has grown to {largest:.3g} by step {step}: lower --lr or --muon_lr; {state} still "
+                         "holds the last good state")
+    rest = dict(step=step, args=vars(run.args), info=run.info, average=run.average,
+                model=tensors if run.average else None,          # without an average they stand in model.safetensors
+                optimizers=[optimizer.state_dict()["state"] for optimizer in run.optimizers])
+    data.write_json(run.folder / "model.json", dict(run.info, step=step))
+    with writing_tensors(weights) as new_weights, writing_tensors(state) as new_state:         # renamed: state first
+        save_file({name: value.contiguous() for name, value in {**tensors, **run.average}.items()}, new_weights,
+                  metadata={"step": str(step)})
+        torch.save(rest, new_state)
 
 
-def training_state(model, average, optimizers):
-    """Every tensor that a resumed run needs, by name. No generator: whatever is random is a function of the step."""
-    tensors = {f"model.{name}": p for name, p in model.state_dict().items()}
-    tensors.update({f"average.{name}": p for name, p in average.items()})
-    names = {p: name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for p, state in optimizer.state.items():
-            tensors.update({f"optimizer.{key}.{names[p]}": value for key, value in state.items()})
-    return tensors
-
-
-def resume(path, model, average, optimizers):
-    """Put a saved training state back; returns how many steps it had done, and the settings it was started with."""
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    parameters = dict(model.named_parameters())
+def read_state(folder):
+    """What `save` left in a run folder, on the CPU; None where there is nothing."""
+    path = folder / "resume.pt"
+    if not path.exists():
+        return None
     try:
-        with safe_open(path, "pt") as file:
-            step, before = (json.loads(file.metadata()[key]) for key in ("step", "args"))
-            weights = {}
-            for key in file.keys():
-                part, name = key.split(".", 1)
-                value = file.get_tensor(key)
-                if part == "model":
-                    weights[name] = value
-                elif part == "average":
-                    average[name].copy_(value)
-                else:
-                    entry, name = name.split(".", 1)
-                    p = parameters[name]
-                    # AdamW counts its steps on the CPU
-                    owner[p].state[p][entry] = value if entry == "step" else value.to(p.device)
-        model.load_state_dict(weights)
-    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
-        message = str(error).splitlines()[0]
-        raise ValueError(f"{path} can't be resumed ({type(error).__name__}: {message}); it belongs to other settings "
-                         "or is damaged: use another --out, or delete it to start again") from None
-    return step, before
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if saved["model"] is None:
+            if not (weights := weights_of(folder, saved["step"])):
+                raise ValueError("its model.safetensors is missing, damaged or of another step")
+            saved["model"] = load_file(weights)
+        return saved
+    except Exception as error:                           # there is no end to what a damaged file can cause
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        raise ValueError(f"{path} is damaged ({str(error).strip().splitlines()[0]}): delete it to start again, or use "
+                         "another --out") from None
 
 
-def cut_log(log_file, step):
-    """Drops the lines that an interrupted run wrote after its last save: those steps are done again."""
-    lines = log_file.read_text().splitlines() if log_file.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= step]
-    partial = log_file.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    os.replace(partial, log_file)
+def weights_of(folder, step):
+    """model.safetensors of that step, or its temporary name where a kill came between the two renames of `save`."""
+    for path in (folder / "model.safetensors", folder / "model.safetensors.partial"):
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("step") == str(step):
+                    return path
+        except (OSError, SafetensorError):               # not there, or not whole
+            pass
 
 
-def plot_log(log_file, path):
-    """The loss curve, by noise level, and the held-out errors, from the jsonl log."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [json.loads(line) for line in Path(log_file).read_text().splitlines()]
-    train, held_out = [x for x in lines if "loss" in x], [x for x in lines if "psnr_n" in x]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name in sorted({key for x in train for key in x if key.startswith("loss")}):
-        points = [(x["step"], x[name]) for x in train if x.get(name)]
-        left.plot(*zip(*points), label=name.replace("_", " "), linewidth=2 if name == "loss" else 1)
-    left.set(xlabel="step", yscale="log", title="training loss, by noise level sigma")
-    for name in ("abs_rel_n", "abs_rel_m", "baseline_n", "baseline_m"):
-        points = [(x["step"], x[name]) for x in held_out if name in x]
-        if points:
-            right.plot(*zip(*points), "--" if "baseline" in name else "o-", label=name)
-    right.set(xlabel="step", title="held-out AbsRel (one step from pure noise)", ylim=(0, None))
-    for ax in (left, right):
-        if ax.lines:
-            ax.legend(fontsize=8)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+def origin_of(init):
+    """What model.json says, where --init names a run folder; else nothing."""
+    path = Path(init) / "model.json"
+    return read_info(path.parent) if path.exists() else {}
 
 
-# ---------------------------------------------------------------------------------------------------------- the script
+class Log:
+    """One JSON object a line. A resumed run cuts the lines of steps that it repeats."""
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--task", type=int, default=1, choices=D.TASKS, help="; ".join(f"{k} {t.name}" for k, t in D.TASKS.items()))
-    add("--data", help="packed episodes; rendered first when missing [data/task_N]")
-    add("--out", help="everything is written here [runs/task_N]")
-    add("--preset", default="auto", choices=["auto", *M.PRESETS], help="size of the model; auto: by device and memory")
-    add("--init",
-        help="weights to start from: scratch, hub, or a folder in the hub's layout [svd: hub; others: scratch]")
-    add("--vae", help="folder with vae_rgb and vae_pointmap; trained first when missing [OUT]")
-    add("--mv_attention", choices=["points", "none", "rgb"], default="points",
-        help="cross-view attention; none and rgb are ablations")
-    add("--rgb_only", action="store_true", help="ablation: no pointmaps")
-    add("--views", type=int, default=2, help="views a sample, the first is the reference")
-    for name, kind, text in [
-            ("steps", int, "optimiser steps"),
-            ("single", float, "share of them on single frames, at the start"),
-            ("single_batch", int, "single-frame samples a step and process"),
-            ("batch", int, "clips a step and process"),
-            ("accumulate", int, "batches summed up before a step"),
-            ("lr", float, "peak learning rate"),
-            ("muon_lr", float, "of Muon's matrices; 0: AdamW for all"),
-            ("warmup", int, "steps of linear warm-up; cosine to 0 follows"),
-            ("weight_decay", float, "of AdamW"),
-            ("ema", float, "decay of the weight average, 0: none"),
-            ("P_mean", float, "mean of ln(sigma)"),
-            ("P_std", float, "standard deviation of ln(sigma)"),
-            ("eval_every", int, "steps between evaluations and pictures")]:
-        values = ", ".join(f"{preset}: {defaults[name]}" for preset, defaults in DEFAULTS.items())
-        add(f"--{name}", type=kind, help=f"{text} [{values}]")
-    add("--lambda_3d", type=float, default=1.0, help="weight of the pointmap streams in the loss")
-    add("--mask_weight", type=float, default=1.0, help="extra weight of latent cells with a gripper")
-    add("--dropout", type=float, default=0.1, help="probability of dropping each condition")
-    add("--clip_grad", type=float, default=1.0, help="largest norm of the gradient")
-    add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-        help="auto: bf16 on a GPU that has it, fp32 on a CPU")
-    add("--checkpointing", type=int, choices=[0, 1], help="recompute activations to save memory [svd: 1, others: 0]")
-    add("--save_every", type=int, default=200, help="steps between saves")
-    add("--eval_clips", type=int, default=16, help="held-out clips of an evaluation")
-    add("--workers", type=int, help="processes that load clips [CPU: 0, GPU: 4]")
-    add("--seed", type=int, default=0, help="of weights, clips and noise")
-    add("--stop_after", type=int, help="stop at this step as if interrupted (the schedule is that of --steps)")
-    add("--dry_run", action="store_true", help="print the resolved settings and sizes, then stop")
-    args = parser.parse_args()
-    if args.preset == "auto":
-        args.preset, why = M.choose_preset()
-        print(f"preset: {args.preset} ({why})")
-    for name, value in DEFAULTS[args.preset].items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    args.data, args.out = args.data or f"data/task_{args.task}", args.out or f"runs/task_{args.task}"
-    args.vae = args.vae or args.out
-    args.init = args.init or ("hub" if args.preset == "svd" else "scratch")
-    args.init = M.SVD_REPO if args.init == "hub" else args.init
-    if (args.init == "scratch") == (args.preset == "svd"):
-        raise ValueError(f"--preset {args.preset} with --init {args.init}: svd starts from published weights (hub, or "
-                         "a folder in the hub's layout), the other presets from scratch")
-    for name in ("steps", "batch", "single_batch", "accumulate", "eval_every", "save_every", "eval_clips"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.views < 2:
-        raise ValueError(f"--views must be at least 2, not {args.views}")
-    if not 0 <= args.single <= 1:
-        raise ValueError(f"--single is a share of the steps, 0 to 1, not {args.single}")
-    return args
+    def __init__(self, run):
+        self.path = run.folder / "log.jsonl"
+        lines = self.path.read_text().splitlines() if run.step and self.path.exists() else []
+        lines = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= run.step]
+        with data.writing(self.path) as partial:
+            partial.write_text("".join(line + "\n" for line in lines))
+        try:
+            git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                                 cwd=Path(__file__).parent).stdout.strip()
+        except OSError:                                  # no git here
+            git = ""
+        hardware = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine()
+        self.write(source=git, python=platform.python_version(), torch=torch.__version__, hardware=hardware,
+                   cores=os.cpu_count(), bf16=run.bf16, args=vars(run.args))
+
+    def write(self, **entry):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
-def optimizers_of(model, args):
-    """Muon for matrices that map features to features, AdamW for what embeds the inputs, biases, norms and mixers."""
-    inputs = ("token", "unet.conv_in", "unet.time_embedding", "unet.add_embedding")
-    matrices, others = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            is_matrix = args.muon_lr and p.ndim > 1 and not name.startswith(inputs) and "time_emb_proj" not in name
-            (matrices if is_matrix else others).append(p)
-    adamw = torch.optim.AdamW(others, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
-    return [adamw] + ([Muon(matrices, args.muon_lr, momentum=0.95)] if matrices else [])
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+@contextmanager
+def averaged(run):
+    """The averaged weights in the model for as long as the block lasts; nothing is copied."""
+    def swap():
+        for name, p in run.model.named_parameters():
+            if run.average:
+                p.data, run.average[name] = run.average[name], p.data
+    swap()
+    run.model.eval()
+    yield
+    run.model.train()
+    swap()
 
 
-def report(args, model, rank):
-    """Prints the resolved settings, and what they amount to."""
-    if rank != 0:
-        return
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    decoder_a = sum(M.count(part) for part in (model.unet.up_blocks, model.unet.conv_norm_out, model.unet.conv_out))
-    print("  ".join(f"{name}={value}" for name, value in vars(args).items() if value is not None))
-    print(f"parameters: encoder and middle {(M.count(model.unet) - decoder_a) / 1e6:.2f} M, "
-          f"decoder A {decoder_a / 1e6:.2f} M, decoder B {M.count(model.decoder_b) / 1e6:.2f} M, "
-          f"cross-view attention {M.count(model.cross_view) / 1e6:.2f} M; trained {trained / 1e6:.2f} M")
-    # weights, gradients, two moments (Muon has one), average: fp32 each
-    states = 4 - bool(args.muon_lr) + bool(args.ema)
-    print(f"memory: {4 * states * trained / 2 ** 30:.2f} GB for weights, gradients, optimiser"
-          f"{' and average' * bool(args.ema)}, plus activations")
-    single = single_steps(args)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    print(f"steps: {single} of {args.single_batch * args.accumulate * world} view pairs on single frames, "
-          f"then {args.steps - single} of {args.batch * args.accumulate * world} clips, "
-          f"on {world} process{'es' * (world > 1)}")
+def show(run, step, log, stop):
+    """Figures of held-out clips and a picture.
+
+    The figures are of one step out of pure noise: at the highest sigma the input holds nothing of the answer, so that
+    they say what the model infers from the observed frames; at a middle one the noisy target gives the camera away.
+    """
+    preset, rows = run.model.preset, []
+    held_out = data.Clips(run.data, "test", (preset.height, preset.width), run.args.views, seed=run.args.seed)
+    with averaged(run):
+        for i in range(EVAL_CLIPS):
+            if stop.asked:
+                return
+            rows.append(evaluate.score(predict(run, held_out.clip(i), steps=1)))
+        names = [f"{name}-{view}" for name in ("psnr", "abs_rel", "hand") for view in "nm"]
+        scores = {name: round(float(np.nanmean([row[name] for row in rows])), 4) for name in names if name in rows[0]}
+        tqdm.write(f"step {step}, held out: " + ", ".join(f"{name} {value:g}" for name, value in scores.items()))
+        clip = predict(run, held_out.clip(0), seed=run.args.seed)
+    contact_sheet(sheet(run, step), clip, f"step {step}: {clip['name']}")
+    log.write(step=step, **scores)                # last: what is cut off before is done again
 
 
-def single_steps(args):
-    return round(args.single * args.steps)
+def sheet(run, step):
+    return run.folder / f"sheet_{step:06d}.png"
 
 
-def stage_one(args, rank):
-    """Data and VAEs, where they are missing: the same commands that a person would type."""
-    if rank == 0 and not any(Path(args.data).glob("*/episode.json")):
-        size = M.PRESETS[args.preset].height, M.PRESETS[args.preset].width
-        print(f"stage 1: no episodes in {args.data}: rendering the synthetic world's there (real ones: see data.py)")
-        D.prepare(args.task, args.data, size=size)
-    names = ["rgb"] if args.rgb_only else ["rgb", "pointmap"]
-    if rank == 0 and not all((Path(args.vae) / f"vae_{name}.safetensors").exists() for name in names):
-        print(f"stage 1: no VAE in {args.vae}: training it there")
-        command = [sys.executable, str(Path(__file__).with_name("vae.py")), "--task", str(args.task),
-                   "--data", args.data, "--preset", args.preset, "--out", args.vae, "--seed", str(args.seed)]
-        if args.preset == "svd":
-            command += ["--init", args.init]
-        alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        if subprocess.run(command, env=alone).returncode:
-            raise ValueError("stage 1 stopped (see above)")
-    if dist.is_initialized():
-        dist.barrier()
+# ------------------------------------------------------------------------------------------------------------- one step
+
+def batches(run, phase, first, last):
+    """Loaded batches of steps first..last - 1 of a phase."""
+    args, preset, cell = run.args, run.model.preset, run.vaes["rgb"].cell
+    clips = data.Clips(run.data, "train", (preset.height, preset.width), args.views, single=phase == SINGLE_FRAMES,
+                       seed=args.seed)
+    shape = (args.views, 2 - args.rgb_only, preset.unet["out_channels"], preset.height // cell, preset.width // cell)
+    on_gpu = run.device.type == "cuda"
+    loader = torch.utils.data.DataLoader(
+        Samples(clips, shape, args), batch_sampler=list(sample_numbers(args, phase, run.rank, run.world, first, last)),
+        num_workers=args.workers if args.workers >= 0 else 8 * on_gpu, pin_memory=on_gpu, worker_init_fn=leave_signals)
+    for item in loader:
+        yield {name: value.to(run.device, non_blocking=True) for name, value in item.items()}
 
 
-def index_batches(args, rank, world, first, last):
-    """Sample numbers of every micro-batch of steps first..last-1. One number is one sample of the run, whatever the
-    number of processes: two processes draw together what one draws with twice the accumulation."""
-    for step in range(first, last):
-        batch = args.single_batch if step < single_steps(args) else args.batch
-        for micro in range(args.accumulate):
-            start = ((step * args.accumulate + micro) * world + rank) * max(args.single_batch, args.batch)
-            yield range(start, start + batch)
+def wrapped(run, phase):
+    """The model as it is trained: compiled, and over all processes."""
+    net = run.model
+    if run.args.compile:
+        torch._dynamo.config.suppress_errors = True      # what does not compile runs as ever, with a warning
+        net = torch.compile(net)
+    if run.world > 1:                                    # on single frames the layers along time have no gradient
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True,
+                                      find_unused_parameters=phase == SINGLE_FRAMES)
+    return net
 
 
-def git_hash():
+def gradients(net, run, loader, step, schedule):
+    """Leaves the gradient of a step in the parameters. Returns noise levels and losses of its samples, (2, B)."""
+    for optimizer, peak in zip(run.optimizers, (run.args.lr, run.args.muon_lr)):
+        optimizer.param_groups[0]["lr"] = peak * schedule
+    if run.args.low_memory:
+        run.optimizers[0].begin(step)
+    pairs = []
+    for micro in range(run.args.accumulate):
+        item = next(loader)
+        with torch.no_grad():
+            x_0 = encode_targets(run, item["rgb"][:, :, 1:], item["points"][:, :, 1:])
+            cond, embeds = encode_conditions(run, item["rgb"][:, :, 0], item["own_points"])
+        kept = lambda x, i: x * item["keep"][:, i].view(-1, *[1] * (x.dim() - 1))
+        cond, embeds = kept(cond, 0), None if embeds is None else kept(embeds, 1)
+        # DDP averages gradients over the processes in backward: only the last batch of a step needs that.
+        alone = run.world > 1 and micro < run.args.accumulate - 1
+        with net.no_sync() if alone else nullcontext():
+            with run.autocast():
+                loss = training_loss(net, x_0, cond, embeds, item, item["noise"], item["sigma"], run.args)      # (B,)
+            (loss.mean() / run.args.accumulate).backward()
+        pairs.append(torch.stack([item["sigma"], loss.detach()]))
+    return torch.cat(pairs, 1)
+
+
+def steps_in(minutes, run):
+    """How many steps fit: a few of each phase are timed, at learning rate 0."""
+    seconds, timed = 0.0, 4
+    for phase, share in ((SINGLE_FRAMES, run.args.single), (WHOLE_CLIPS, 1 - run.args.single)):
+        if share:
+            net, loader = wrapped(run, phase), batches(run, phase, 0, timed)
+            for step in range(timed):
+                began = time.time() if step < 2 else began                       # the first one warms up
+                pair = gradients(net, run, loader, step, schedule=0.0)
+                for optimizer in run.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                pair.sum().item()                                                # waits for the GPU
+            seconds += share * (time.time() - began) / (timed - 1)
+    for optimizer in run.optimizers:
+        optimizer.state.clear()
+    steps = torch.tensor([0.95 * 60 * minutes / seconds], device=run.device)     # the rest: saves and evaluations
+    if run.world > 1:
+        dist.broadcast(steps, 0)
+    return max(2, int(steps))
+
+
+def train(run, log, stop):
+    """The loop. Returns the step it came to."""
+    args, step = run.args, run.step
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    averages, followed = list(run.average.values()), [p.detach() for p in run.model.parameters()]
+    evaluates = lambda step: step % (args.eval_every or math.ceil(args.steps / 4)) == 0 or step == args.steps
+    if run.rank == 0 and step and evaluates(step) and not sheet(run, step).exists():            # it was cut off there
+        show(run, step, log, stop)
+    pairs, began = [], time.time()
+    progress = tqdm(total=args.steps, initial=step, disable=run.rank != 0, unit="step", desc="train")
+    for phase, last in ((SINGLE_FRAMES, round(args.single * args.steps)), (WHOLE_CLIPS, args.steps)):
+        if step >= last:
+            continue
+        net = None                                                 # two wrappers on one model would both average
+        net, loader = wrapped(run, phase), batches(run, phase, step, last)
+        while step < last:
+            schedule = min(1, (step + 1) / args.warmup) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+            pairs.append(gradients(net, run, loader, step, schedule))
+            norm = run.optimizers[0].norm if args.low_memory else torch.nn.utils.clip_grad_norm_(parameters, CLIP_GRAD)
+
+            # What all processes must agree on, and the only wait for the GPU in a step: good, go on?
+            verdict = torch.stack([(pairs[-1][1].sum() + norm).isfinite(),
+                                   torch.tensor(not stop.asked, device=run.device)]).float()
+            if run.world > 1:
+                dist.all_reduce(verdict, dist.ReduceOp.MIN)
+            finite, go_on = verdict.tolist()
+            if not finite:
+                raise ValueError(f"the loss or its gradient is not finite at step {step}: lower --lr or --muon_lr; "
+                                 f"{run.folder}/resume.pt, if there, holds the last good state")
+            for optimizer in run.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if averages:                                           # a young average forgets the random start quickly
+                torch._foreach_lerp_(averages, followed, 1 - min(args.ema, (1 + step) / (10 + step)))
+
+            progress.update()
+            if run.rank == 0 and (step % LOG_EVERY == 0 or step == args.steps):
+                sigma, loss = torch.cat(pairs, 1).cpu().numpy()
+                level = np.digitize(sigma, NOISE_EDGES)
+                by_noise = {f"loss_{name}": round(float(loss[level == k].mean()), 5)
+                            for k, name in enumerate(NOISE_NAMES) if (level == k).any()}
+                log.write(step=step, loss=round(float(loss.mean()), 5), **by_noise, lr=args.lr * schedule,
+                          grad_norm=round(norm.item(), 4), seconds=round((time.time() - began) / len(pairs), 4))
+                progress.set_postfix(loss=f"{loss.mean():.3f}")
+                pairs, began = [], time.time()
+            if run.rank == 0 and (step % args.save_every == 0 or evaluates(step) or not go_on):
+                save(run, step)
+            if run.rank == 0 and evaluates(step) and go_on:
+                show(run, step, log, stop)
+            if not go_on:
+                return step
+    progress.close()
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------- the script
+
+class Stop:
+    """SIGTERM and Ctrl-C: before training they end the program, later they set `asked`, and the loop saves first."""
+
+    def __init__(self):
+        self.asked, self.saves = False, False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self)
+
+    def __call__(self, *_):
+        self.asked = True
+        if not self.saves:
+            raise SystemExit("stopped before the first step; the same command starts again")
+
+
+def leave_signals(_):
+    """In loading processes, which the main one ends: a signal to the whole group would take its next batch away."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def parse(argv=None):
+    """The flags that were given, and no others."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    for name, (value, text) in FLAGS.items():
+        first = value[0] if isinstance(value, (tuple, list)) else value
+        kind = dict(action="store_true") if value is False else dict(type=type(first))
+        if isinstance(value, list):
+            text += " [" + ", ".join(f"{preset} {x:g}" for preset, x in zip(PRESETS, value)) + "]"
+        elif value is not False and "[" not in text:
+            text += f" [{first}]"
+        parser.add_argument(f"--{name}", help=text, **kind, **dict(choices=value) if isinstance(value, tuple) else {})
+    return vars(parser.parse_args(argv))
+
+
+def folder_of(given):
+    return Path(given.get("out") or f"runs/task_{given.get('task', 1)}")
+
+
+def resolve(given):
+    """All settings, the folder, and what is saved in it: flags that were given come before those of the run that is
+    gone on with or started from, and these before the preset's."""
+    folder = folder_of(given)
+    saved, origin = read_state(folder), origin_of(given.get("init", SVD_REPO))
+    before = saved["args"] if saved else {}
+    if origin and not saved:
+        before = dict(preset=origin["preset"]["name"], mv_attention=origin["mv_attention"],
+                      rgb_only=origin["rgb_only"], vae=os.path.join(given["init"], origin["vae"]))
+    given = {name: value for name, value in given.items() if (name, value) != ("preset", "auto")}
+    kept = sorted(before.keys() - {"out", "dry_run"})
+    changed = [name for name in kept if given.get(name, before[name]) != before[name]]
+    holds, flag = (folder, "--out") if saved else (given.get("init"), "--init")
+    for name in {"preset", "mv_attention", "rgb_only", "low_memory"}.intersection(changed):
+        raise ValueError(f"{holds} holds a run with {name} {before[name]}: use another {flag}")
+    if changed:
+        print("changed settings: " + ", ".join(f"{name} {before[name]} -> {given[name]}" for name in changed))
+    preset = given.get("preset") or before.get("preset")
+    if preset is None:
+        preset, why = choose_preset()
+        print(f"preset: {preset} ({why})")
+    column = list(PRESETS).index(preset)
+    settings = {name: value[column] if isinstance(value, list) else value[0] if isinstance(value, tuple) else value
+                for name, (value, _) in FLAGS.items()}
+    settings.update(dict(muon_lr=0.0, ema=0.0, accumulate=1) if given.get("low_memory") else {})
+    args = SimpleNamespace(**{**settings, **before, **given, "preset": preset})
+    least = dict(steps=1, batch=1, single_batch=1, accumulate=1, warmup=1, save_every=1, views=2, seed=0, minutes=0)
+    for wrong, says in (
+            *((not getattr(args, name) >= value, f"--{name} must be at least {value}, not {getattr(args, name)}")
+              for name, value in least.items()),
+            (not 0 <= args.single <= 1, f"--single is a share of the steps, 0 to 1, not {args.single}"),
+            (not (0 < args.lr < 1 and 0 <= args.muon_lr < 1), f"--lr {args.lr:g}, --muon_lr {args.muon_lr:g}: weights "
+             "move by so much in each step, and no network survives that from 1 on"),
+            ({"steps", "minutes"} <= set(given), "--steps and --minutes both say how long to train: give one of them"),
+            ("init" in given and not origin and preset != "svd", f"--init {args.init} is no run folder, and published "
+             f"weights are for --preset svd, not {preset}"),
+            (args.low_memory and (args.muon_lr or args.ema or args.accumulate > 1 or "WORLD_SIZE" in os.environ),
+             "--low_memory steps AdamW inside backward: --muon_lr 0, --ema 0, --accumulate 1 and one process")):
+        if wrong:
+            raise ValueError(says)
+    return args, folder, saved
+
+
+def report(args, net, world):
+    """What is trained, for how long, and the memory it takes."""
+    print("  ".join(f"{name}={value}" for name, value in vars(args).items() if value != ""))
+    adamw, muon = (sum(p.numel() for p in group) for group in split(net, args))
+    with torch.device("meta"):
+        frozen = sum(count(VAE(net.preset.vae)) for _ in range(2 - args.rgb_only)) + count(
+            CLIPImageEncoder(net.preset.clip)) if net.preset.clip else 0
+    each, low = (2, 0.81) if args.low_memory else (4, 1)
+    in_clips, alone = ACTIVATIONS[net.preset.name]
+    frames = max(in_clips * data.FRAMES * args.batch, alone * args.single_batch * (args.single > 0))
+    memory = dict(weights=each * count(net), gradients=0 if args.low_memory else 4 * (adamw + muon),
+                  moments=each * (2 * adamw + muon), average=4 * count(net) * bool(args.ema), frozen=2 * frozen,
+                  activations=low * frames * args.views / 2 * 2 ** 20)
+    print("memory: " + ", ".join(f"{name} {size / 2 ** 30:.2f}" for name, size in memory.items())
+          + f"; together {sum(memory.values()) / 2 ** 30:.1f} GiB on a GPU")
+    length = f"{args.minutes:g} minutes" if args.minutes and args.dry_run else f"{args.steps} steps"
+    batch = args.accumulate * world
+    print(f"{count(net) / 1e6:.2f} M parameters, {(adamw + muon) / 1e6:.2f} M trained; {length}, {args.single:.0%} "
+          f"on single frames, {args.single_batch * batch} view pairs a step; then {args.batch * batch} clips")
+
+
+def stage_one(run_data, args, preset, folder):
+    """Data and codes, where they are missing."""
+    if not any(Path(run_data).glob("*/episode.json")):
+        print(f"stage 1: no episodes in {run_data}: rendering the synthetic world's there (real ones: see data.py)")
+        data.prepare(args.task, run_data, size=(preset.height, preset.width))
+    if not all((folder / f"vae_{name}.json").exists() for name in ("rgb", "pointmap")[:2 - args.rgb_only]):
+        print(f"stage 1: no VAE in {folder}: making it there")
+        make_codes(["--task", str(args.task), "--data", str(run_data), "--preset", preset.name, "--out", str(folder),
+                  "--seed", str(args.seed)] + ["--init", args.init])
+
+
+def start(args, preset, folder, saved, device):
+    """The run, as sample.load_run gives it, and what trains it: average {name: tensor}, optimizers, step."""
+    switches = dict(mv_attention=args.mv_attention, rgb_only=args.rgb_only)
+    dtype = torch.bfloat16 if args.low_memory else torch.float32
+    torch.manual_seed(args.seed)
+    origin = origin_of(args.init)
+    if preset.clip and not saved and not origin:
+        net = Model4D.from_pretrained(preset, args.init, dtype, device, **switches)
+    else:
+        with torch.device("meta" if origin and not saved else device):
+            net = Model4D(preset, **switches).to(dtype)
+    if saved:
+        net.load_state_dict(saved["model"])
+    elif origin:
+        load_weights(net, [Path(args.init) / "model.safetensors"], dtype, device)
+    net.train().checkpointing = bool(preset.clip)        # at SVD's size activations are recomputed in backward
+    average = {name: p.detach().clone() for name, p in net.named_parameters()} if args.ema else {}
+    optimizers = optimizers_of(net, args)
+    if saved:
+        for name in average.keys() & saved["average"].keys():
+            average[name].copy_(saved["average"][name])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
+    where, clip_from = Path(args.vae or folder), origin.get("init", args.init)
+    vaes, clip = load_frozen(net, where, clip_from, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    bf16 = args.precision == "bf16" or args.precision == "auto" and multiplies_bf16_faster(device)
+    # The cache would keep a bf16 copy of every weight until the end of forward: memory that checkpointing saves.
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not args.low_memory,
+                                      cache_enabled=not net.checkpointing)
+    info = dict(preset=asdict(preset), **switches, init=clip_from if preset.clip else None, task=args.task,
+                seed=args.seed, dropout=args.dropout, vae=os.path.relpath(where, folder))
+    return SimpleNamespace(model=net, vaes=vaes, clip=clip, info=info, folder=folder, device=device, dtype=dtype,
+                           autocast=autocast, augmentation=0.0, bf16=bf16, average=average, optimizers=optimizers,
+                           args=args, step=saved["step"] if saved else 0)
+
+
+def lock(folder):
+    """Keeps other processes out of the folder until this one ends, however it ends."""
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                              cwd=Path(__file__).parent).stdout.strip()
-    except OSError:
-        return ""
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        raise ValueError(f"another process is training in {folder}: wait for it, or use another --out") from None
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 
 
-def main():
-    args = parse()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+def main(argv=None):
+    stop = Stop()
+    rank, world, local = (int(os.environ.get(name, value)) for name, value in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    preset = M.PRESETS[args.preset]
+    given = parse(argv)
+    locked = lock(folder_of(given)) if rank == 0 and "dry_run" not in given else None      # until the process ends
+    args, folder, saved = resolve(given)
+    info = saved["info"] if saved else origin_of(args.init)
+    preset = Preset(**info["preset"]) if info else PRESETS[args.preset]
     if args.dry_run:
         with torch.device("meta"):
-            report(args, M.Model4D(preset, args.mv_attention, args.rgb_only), rank)
-        return
+            return report(args, Model4D(preset, args.mv_attention, args.rgb_only), world)
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # the other processes wait while the first does stage 1, which can take hours
+        # others wait while the first does stage 1
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
-    stage_one(args, rank)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-
-    # ---- model, average, optimiser
-    torch.manual_seed(args.seed)
-    if args.init == "scratch":
-        raw_model = M.Model4D(preset, args.mv_attention, args.rgb_only).to(device)
-    else:
-        raw_model = M.Model4D.from_pretrained(preset, args.init, device=device, mv_attention=args.mv_attention,
-                                              rgb_only=args.rgb_only)
-    raw_model.checkpointing = bool(args.checkpointing)
-    report(args, raw_model, rank)
-    torch.set_float32_matmul_precision("high")
-    if args.workers is None:
-        args.workers = 0 if device.type == "cpu" else 4
-    if args.precision == "auto":
-        args.precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
-    # autocast would keep every weight in half precision too, until the end of the forward pass: memory that
-    # checkpointing saves
-    context = (lambda: torch.autocast(device.type, kind, cache_enabled=not args.checkpointing)) if kind else nullcontext
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    parameters = [p for p in raw_model.parameters() if p.requires_grad]
-    optimizers = optimizers_of(raw_model, args)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    average = {name: p.detach().clone() for name, p in raw_model.named_parameters()} if args.ema else {}
-    resume_file, log_file = out / "resume.safetensors", out / "log.jsonl"
-    step = 0
-    if resume_file.exists():
-        step, before = resume(resume_file, raw_model, average, optimizers)
-        changed = [f"{name} {before[name]} -> {value}" for name, value in vars(args).items()
-                   if name in before and json.dumps(before[name]) != json.dumps(value) and name != "stop_after"]
-        if rank == 0:
-            print(f"going on at step {step} of {resume_file}"
-                  + (", with changed settings: " + ", ".join(changed) if changed else ""))
-            cut_log(log_file, step)
-    model = raw_model
-    if world > 1:
-        model = DistributedDataParallel(raw_model, device_ids=[local] if device.type == "cuda" else None)
-    vaes, clip = S.load_frozen(raw_model, args.vae, args.init, device)
-
-    # ---- data
-    size = preset.height, preset.width
-    clips = lambda split, **options: D.Clips(args.data, split, size, args.views, seed=args.seed, **options)
-    train_sets = {SINGLE_FRAMES: clips("train", single=True), WHOLE_CLIPS: clips("train")}
-    held_out = torch.utils.data.DataLoader(clips("test", length=args.eval_clips),
-                                           batch_size=min(args.batch, args.eval_clips))
-
-    def batches(first):
-        """Loaded micro-batches from step `first` on: single frames, then clips."""
-        turn = single_steps(args)
-        for phase, start, stop in ((SINGLE_FRAMES, first, turn), (WHOLE_CLIPS, max(first, turn), args.steps)):
-            sampler = list(index_batches(args, rank, world, start, stop))
-            loader = torch.utils.data.DataLoader(train_sets[phase], batch_sampler=sampler, num_workers=args.workers,
-                                                 pin_memory=device.type == "cuda")
-            for indices, item in zip(sampler, loader):
-                yield indices, {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-                                for key, value in item.items()}
-
-    def log(**line):
-        if rank == 0:
-            with open(log_file, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def write_checkpoint():
-        """The averaged weights for sample.py, then everything that a resumed run needs."""
-        if rank != 0:
-            return
-        weights = dict(raw_model.state_dict())
-        weights.update(average)
-        save(out / "model.safetensors", weights, step=step)
-        info = dict(preset=asdict(preset), mv_attention=raw_model.mv_attention, rgb_only=args.rgb_only, init=args.init,
-                    vae=os.path.relpath(args.vae, out), step=step, task=args.task, seed=args.seed)
-        (out / "model.json.partial").write_text(json.dumps(info, indent=1))
-        os.replace(out / "model.json.partial", out / "model.json")
-        save(resume_file, training_state(raw_model, average, optimizers), step=step, args=vars(args))
-
-    def evaluate_average():
-        """Held-out scores and a sample picture, with the averaged weights in the model for as long as it takes."""
-        if rank != 0:
-            return
-        training = {name: p.detach().clone() for name, p in raw_model.named_parameters() if name in average}
-        raw_model.load_state_dict(average, strict=False)
-        raw_model.eval()
-        scores = evaluate(raw_model, vaes, clip, held_out, device, context)
-        item = held_out.dataset[0]
-        with context():
-            rgb, points = S.sample_views(raw_model, vaes, clip, item["rgb"][None, :, 0].to(device),
-                                         item["own_points"][None].to(device), steps=12,
-                                         generator=torch.Generator().manual_seed(args.seed))
-        prediction = S.to_prediction(*S.observation(item), rgb[0].float(), None if points is None else points[0])
-        S.contact_sheet(out / f"sheet_{step:06d}.png", S.add_truth(prediction, item), f"step {step}: {item['name']}")
-        raw_model.load_state_dict(training, strict=False)
-        raw_model.train()
-        log(step=step, **scores)
-        plot_log(log_file, out / "loss.png")
-        tqdm.write(f"step {step}: held out, one step from noise: " + ", ".join(f"{k} {v}" for k, v in scores.items()))
-
-    # ---- the loop
-    if step == 0:
-        log(git=git_hash(), python=platform.python_version(), torch=torch.__version__,
-            threads=torch.get_num_threads(), device=str(device),
-            gpu=torch.cuda.get_device_name() if device.type == "cuda" else None,
-            args={k: str(v) for k, v in vars(args).items()})
-    last = min(args.steps, args.stop_after or args.steps)
+    source = args.data or f"data/task_{args.task}"
     if rank == 0:
-        print(f"training {args.preset} on {device} in {args.precision}, step {step} to {last}; "
-              f"everything is written to {out}/")
-    raw_model.train()
-    loader = batches(step)
-    stop = Stop()                                               # becomes true at Ctrl-C and SIGTERM
-    buckets = {}                                                # noise level -> losses since the last line of the log
-    progress = tqdm(total=args.steps, initial=step, disable=rank != 0, unit="step", desc="train")
-    while step < last and not stop.asked:
-        started = time.time()
-        warm, done = min(1.0, (step + 1) / args.warmup), step / args.steps
-        schedule = warm * 0.5 * (1 + math.cos(math.pi * done))
-        for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * schedule
-
-        total = 0.0
-        for micro in range(args.accumulate):
-            indices, item = next(loader)
-            with torch.no_grad(), context():
-                x_0 = S.encode_targets(raw_model, vaes, item["rgb"][:, :, 1:], item["points"][:, :, 1:]).float()
-                cond, embeds = S.encode_conditions(raw_model, vaes, clip, item["rgb"][:, :, 0], item["own_points"])
-            noise, sigma, keep_latent, keep_embed = zip(*(
-                draw_noise(args.seed, i, x_0.shape[1:], args.P_mean, args.P_std, args.dropout) for i in indices))
-            noise, sigma = torch.stack(noise).to(device), torch.tensor(sigma, device=device)             # sigma (B,)
-            keep = lambda x, kept: x * torch.tensor(kept, device=device).view(-1, *[1] * (x.dim() - 1))
-            cond = keep(cond, keep_latent)                                                      # (B, V, S, C, h, w)
-            embeds = None if embeds is None else keep(embeds, keep_embed)                       # (B, V, D)
-            cell = preset.height // x_0.shape[-2]
-            gripper = cell_mask(item["gripper"][:, :, 1:].any(-1), cell)                        # (B, V, T, h, w)
-            valid = cell_valid(item["valid"][:, :, 1:], cell)
-            x = x_0 + sigma.view(-1, *[1] * 6) * noise                                          # (B, V, S, T, C, h, w)
-            # DDP adds up gradients across processes in backward: only the last micro-batch of a step needs that.
-            last_micro = micro == args.accumulate - 1
-            with nullcontext() if world == 1 or last_micro else model.no_sync():
-                with context():
-                    D_x = model(x, sigma, cond, embeds, item["frame_index"])
-                loss, _ = diffusion_loss(D_x, x_0, sigma, gripper, valid, args.mask_weight, args.lambda_3d)   # (B,)
-                scaler.scale(loss.mean() / args.accumulate).backward()
-            total += loss.detach().mean().item() / args.accumulate
-            for level, value in zip(sigma.tolist(), loss.tolist()):
-                edges = [edge for edge in NOISE_BUCKETS if edge <= level]
-                buckets.setdefault(f"loss_above_{edges[-1]:g}" if edges else f"loss_below_{NOISE_BUCKETS[0]:g}",
-                                   []).append(value)
-
-        if not math.isfinite(total):
-            raise ValueError(f"the loss is {total} at step {step}: lower --lr, or use --precision fp32; "
-                             f"{resume_file} holds the last good state")
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad).item()
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        scaler.update()
-        step += 1
-        decay = min(args.ema, (1 + step) / (10 + step))         # a young average forgets the random start quickly
-        for name, p in raw_model.named_parameters():
-            if name in average:
-                average[name].lerp_(p.detach(), 1 - decay)
-
-        progress.update()
-        progress.set_postfix(loss=f"{total:.3f}")
-        if step % 20 == 0 or step == last:
-            log(step=step, loss=round(total, 5), lr=args.lr * schedule, grad_norm=round(norm, 4),
-                seconds=round(time.time() - started, 3),
-                **{name: round(float(np.mean(values)), 5) for name, values in buckets.items()})
-            buckets = {}
-        if step % args.save_every == 0 or step == last or stop.asked:
-            write_checkpoint()
-        if step % args.eval_every == 0 or step == args.steps:
-            evaluate_average()
-    progress.close()
-    stop.restore()
-    if rank == 0 and step < args.steps:
-        print(f"stopped at step {step}; the same command goes on from there")
-    elif rank == 0:
-        print(f"done: {out}/model.safetensors, {out}/loss.png, {out}/sheet_{step:06d}.png; "
-              f"next: python sample.py --task {args.task} --run {out}")
+        stage_one(source, args, preset, Path(args.vae or folder))
+        if saved and (weights := weights_of(folder, saved["step"])):
+            os.replace(weights, folder / "model.safetensors")
+    if world > 1:
+        dist.barrier()
+    torch.set_float32_matmul_precision("high")
+    run = start(args, preset, folder, saved, device)
+    run.data, run.rank, run.world = source, rank, world
+    if args.minutes and not run.step:
+        args.steps = steps_in(args.minutes, run)
+    log = None
+    if rank == 0:
+        log = Log(run)
+        report(args, run.model, world)
+        print(f"training {preset.name} on {device} in {'bf16' if run.bf16 else 'fp32'}, steps {run.step} to "
+              f"{args.steps}, in {folder}/")
+    stop.saves = True
+    step = train(run, log, stop)
+    if rank == 0:
+        print(f"stopped at step {step}; the same command goes on from there" if step < args.steps or stop.asked else
+              f"done: model.safetensors, {sheet(run, step).name} in {folder}/; next: python sample.py --run {folder}")
     if world > 1:
         dist.destroy_process_group()
 
@@ -590,5 +734,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        raise SystemExit(f"train.py: {error}")
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        raise SystemExit(f"train.py: {str(error) or 'interrupted'}")

@@ -1,17 +1,15 @@
 """What the tracker reaches, as a table.
 
-    python tests/bench_track.py                          # on synthetic episodes, rendered on the way, built-in hand
-    python tests/bench_track.py --recorded FOLDER        # on recorded episodes in the public layout, packed in --work
-    python tests/bench_track.py --only 1 4 --episodes 3  # some rows, some episodes
-    python tests/bench_track.py --only 6 --demos 20      # replays in the synthetic world
-    python tests/bench_track.py --only 5 --open3d        # our icp beside Open3D's, where that package is installed
+    python tests/bench_track.py --recorded FOLDER                      # recorded episodes in the public layout, 256x320
+    python tests/bench_track.py --recorded FOLDER --seeds 11 12 13     # cameras and noise that no constant was set on
+    python tests/bench_track.py --size 64x80 --episodes 4              # synthetic episodes, the built-in hand
+    python tests/bench_track.py --recorded FOLDER --rows two one mask  # some rows
+    python tests/bench_track.py --speed --recorded FOLDER              # a clip a core at once
+    python tests/bench_track.py --open3d                               # our icp beside Open3D's, if that is installed
 
-Rows  1  true pointmaps, first pose given: two views, then one       2  the first pose from the masks alone
-      3  pointmaps as a generator makes them: noise, blur over edges, outliers, the second view shifted
-      4  the hand removed for some frames                            5  speed
-      6  the tracked path of a demonstration replayed in the synthetic world, two cameras placed for it, built-in hand
-Two random test cameras an episode, 2 Hz, 256 x 320. An arm counts if it moves; "seen" are the frames in which either
-view shows at least 100 of the gripper's pixels. Recorded episodes are tracked with the meshes in tests/data.
+Each row: two random test cameras an episode and seed, 2 Hz, true pointmaps unless it says otherwise, the first pose
+given. An arm counts if it moves; "seen" are the frames in which either view shows at least 100 of the gripper's pixels.
+"closed" is held against the whole episode's true openings, also where the clip starts in the middle.
 """
 import argparse
 import multiprocessing
@@ -29,273 +27,222 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import data
-import evaluate
 import track
 
-SIZE = 256, 320              # H, W of recorded episodes; --size sets that of synthetic ones
+ROWS = {
+    "two": "two views", "one": "one view", "dead": "two views, one of them dead",
+    "generated": "as generated: 5 mm noise, blurred edges, 5 % outliers, second view 1 cm off",
+    "held": "starts while something is held", "holes20": "20 % of the pixels unmeasured",
+    "holes30": "30 % of the pixels unmeasured", "removed": "the hand gone in three frames",
+    "mask": "first pose from the masks",
+}
 
 
-def degraded(p, draw):
+# ---------------------------------------------------------------------------------------------- what the rows do
+
+def generated(clip, draw):
     """5 mm noise along the ray, 2-pixel blur that mixes surfaces at edges, 5 % outliers, the second view 1 cm off."""
-    own = data.transform(p["points"], data.invert(p["view_in_ref"]).astype(np.float32))      # (V,T,H,W,3)
-    z = gaussian_filter(own[..., 2], (0, 0, 1.0, 1.0))                                       # sigma 1: two pixels wide
-    z = z + 0.005 * draw.standard_normal(z.shape)
+    view_in_ref = clip["view_in_ref"].astype(np.float32)
+    own = data.transform(clip["points"], data.invert(view_in_ref))                          # (V,T,H,W,3)
+    z = gaussian_filter(own[..., 2], (0, 0, 1, 1)) + 0.005 * draw.standard_normal(own.shape[:-1])
     junk = draw.random(z.shape) < 0.05
     z[junk] += draw.uniform(-0.3, 0.3, junk.sum())
-    rays = own / own[..., 2:].clip(0.05)
-    points = data.transform((rays * z[..., None]).astype(np.float32), p["view_in_ref"].astype(np.float32))
+    points = data.transform((own / own[..., 2:] * z[..., None]).astype(np.float32), view_in_ref)
     shift = draw.standard_normal(3)
     points[1:] += (0.01 * shift / np.linalg.norm(shift)).astype(np.float32)
-    return {**p, "points": points}
+    return clip | dict(points=points)
 
 
-def removed(p, start, stop):
-    """Every point within 30 cm of a gripper's flange deleted in the predicted frames start..stop-1."""
-    valid = p["valid"].copy()
-    for t in range(start, stop):
-        for pose in p["true_gripper_in_ref"][t + 1]:
-            valid[:, t] &= np.linalg.norm(p["points"][:, t] - pose[:3, 3], axis=-1) > 0.3
-    return {**p, "valid": valid}
+def holes(clip, share, draw):
+    return clip | dict(valid=clip["valid"] & (draw.random(clip["valid"].shape) >= share),
+                       observed_depth=clip["observed_depth"] * (draw.random(clip["observed_depth"].shape) >= share))
 
 
-def one_view(p):
-    keys = (
-        "rgb",
-        "points",
-        "valid",
-        "intrinsics",
-        "view_in_ref",
-        "observed_rgb",
-        "observed_depth",
-        "observed_gripper",
-        "pixels",
-    )
-    return {**p, **{key: p[key][:1] for key in keys}}
+def removed(clip):
+    """Every point within 30 cm of a flange deleted in three frames."""
+    valid = clip["valid"].copy()
+    for t in range(3, 6):
+        for pose in clip["true_gripper_in_ref"][t + 1]:
+            valid[:, t] &= np.linalg.norm(clip["points"][:, t] - pose[:3, 3], axis=-1) > 0.3
+    return clip | dict(valid=valid)
 
 
-def errors(p, result):
+def first_view(clip):
+    V = len(clip["rgb"])
+    return {key: value[:1] if data.CLIP.get(key, "?")[0].startswith("V") else value for key, value in clip.items()
+            } if V > 1 else clip
+
+
+def starts(episode, row):
+    """Frames at which the row's clips start, and the true open/closed of all frames at 2 Hz."""
+    openings = episode.gripper_opening[::episode.stride]
+    closed = track.closed_flags(openings)
+    if row != "held":
+        return [0], closed
+    moving = np.ptp(episode.gripper_in_world[..., :3, 3], axis=0).max(-1) > 0.02
+    held = [np.flatnonzero(closed[:-2, a]) for a in np.flatnonzero(moving)]
+    return [frames[len(frames) // 3] for frames in held if len(frames)], closed
+
+
+def clips(args, row, seed):
+    """The row's clips, each with `closed` (F,A) and `pixels` (T,A)."""
+    draw, noise = np.random.default_rng(seed), np.random.default_rng(seed)
+    for folder in args.folders:
+        episode = data.load_episode(folder)
+        cameras = draw.choice(list(data.TEST_CAMERAS), 2, replace=False)
+        frames, (first, closed) = (episode.frames - 1) // episode.stride, starts(episode, row)
+        for start in first:
+            count = frames - start if row == "held" else min(frames, args.frames)
+            clip = data.truth_row(data.read_clip(episode, start * episode.stride, cameras, range(count)))
+            clip |= dict(closed=closed[start:start + count + 1], pixels=clip["true_gripper"].sum((3, 4)).max(0))
+            clip = first_view(clip) if row == "one" else generated(clip, noise) if row == "generated" else clip
+            clip = holes(clip, int(row[5:]) / 100, noise) if row.startswith("holes") else clip
+            clip = removed(clip) if row == "removed" else clip
+            if row == "dead":
+                clip["valid"][1], clip["observed_depth"][1] = False, 0
+            yield clip
+
+
+# ------------------------------------------------------------------------------------------------------- the figures
+
+def errors(clip, result):
     """Per predicted frame and moving arm: metres, degrees, opening m, closed right, lost, seen."""
-    truth, got = p["true_gripper_in_ref"][1:], result["gripper_in_ref"][1:]
-    moving = np.ptp(p["true_gripper_in_ref"][..., :3, 3], axis=0).max(-1) > 0.02
-    cosine = (np.einsum("taij,taij->ta", truth[..., :3, :3], got[..., :3, :3]) - 1) / 2
-    values = dict(
-        m=np.linalg.norm(truth[..., :3, 3] - got[..., :3, 3], axis=-1),
-        deg=np.degrees(np.arccos(cosine.clip(-1, 1))),
-        opening=np.abs(result["opening"] - p["true_opening"])[1:],
-        lost=result["lost"][1:],
-        fingers=result["fingers"][1:] > 0,
-        closed=(result["closed"] == track.closed_flags(p["true_opening"]))[1:],
-        seen=(p["pixels"] >= 100).any(0)[1:],
-    )
+    truth = clip["true_gripper_in_ref"]
+    moving = np.ptp(truth[..., :3, 3], axis=0).max(-1) > 0.02
+    m, degrees = data.pose_errors(truth[1:], result["gripper_in_ref"][1:])
+    values = dict(m=m, degrees=degrees, opening=np.abs(result["opening"] - clip["true_opening"])[1:],
+                  lost=result["lost"][1:], closed=(result["closed"] == clip["closed"])[1:], seen=clip["pixels"] >= 100)
     return {key: value[:, moving].ravel() for key, value in values.items()}
 
 
-def line(name, rows):
-    e = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
-    right = (e["m"] < 0.02) & (e["deg"] < 10)
+def line(name, found, seconds):
+    e = {key: np.concatenate([one[key] for one in found]) for key in found[0]}
+    right = (e["m"] < 0.02) & (e["degrees"] < 10)
     percent = lambda x: f"{100 * np.mean(x):.1f}" if len(x) else "-"
-    print(
-        f"| {name} | {len(right)} | {1000 * np.median(e['m']):.1f} mm | {np.median(e['deg']):.1f} | {percent(right)} | "
-        f"{percent(right[e['seen']])} | {percent(e['lost'])} | "
-        f"{percent(~right & ~e['lost'])} | {1000 * np.median(e['opening']):.1f} mm | "
-        f"{percent(e['closed'])} | {percent(e['closed'][e['fingers']])} |",
-        flush=True,
-    )
+    print(f"| {name} | {len(right)} | {1000 * np.nanmedian(e['m']):.2f} | {np.nanmedian(e['degrees']):.1f} | "
+          f"{percent(right)} / {percent(right[e['seen']])} | {percent(e['lost'])} | {percent(~right & ~e['lost'])} | "
+          f"{1000 * np.median(e['opening']):.1f} | {percent(e['closed'])} | {len(right) / seconds:.1f} |", flush=True)
 
 
-def clips(args):
-    """(name, prediction with `pixels` (V,F,A))."""
-    draw = np.random.default_rng(args.seed)
-    for task in args.tasks:
-        out = Path(args.work) / ("recorded" if args.recorded else "synthetic") / f"task_{task}"
-        if args.recorded:
-            data.pack_folder(args.recorded, task, out, SIZE)
-        elif len(list(out.glob("*/episode.json"))) < args.episodes:
-            data.make_synthetic(task, out, args.episodes, args.size, samples=1)
-        for folder in data.episode_folders(out)[:args.episodes]:
-            cameras = draw.choice(list(data.TEST_CAMERAS), 2, replace=False)
-            p = track.episode_prediction(folder, cameras)
-            episode = data.load_episode(folder)
-            stride = round(episode.rate_hz / p["fps"])
-            label = np.stack([episode.label[c, ::stride] for c in cameras])[:, :len(p["true_opening"])]
-            p["pixels"] = np.stack([(label == g).sum((2, 3)) for g in (1, 2)[:p["true_opening"].shape[1]]], -1)
-            yield f"task {task} {folder.name}", p
+def first_poses(clip, result):
+    """Metres and degrees, up to the half turn, of every first pose that was looked for in at least 100 pixels."""
+    for a, pose in enumerate(result["gripper_in_ref"][0]):
+        if clip["observed_gripper"][:, a].sum() >= 100:
+            both = (clip["true_gripper_in_ref"][0, a] @ turn for turn in (np.eye(4), track.HALF_TURN))
+            yield min((data.pose_errors(pose, truth) for truth in both), key=lambda error: error[1])
 
 
-def first_pose(p, model):
-    """Row 2 of one episode: metres and degrees modulo the half turn, of every arm that moves and that the first frame
-    shows."""
-    own, valid = data.point_maps(p["observed_depth"], p["intrinsics"])
-    scene = track.make_scene(data.transform(own, p["view_in_ref"]), valid, p["intrinsics"], p["view_in_ref"])
-    found = []
-    for a, truth in enumerate(p["true_gripper_in_ref"][0]):
-        if (
-            np.ptp(p["true_gripper_in_ref"][:, a, :3, 3], axis=0).max() > 0.02
-            and p["observed_gripper"][:, a].sum() >= 100
-        ):
-            poses, _, scores = track.register(model, scene, p["observed_gripper"][:, a])
-            options = []
-            for turned in (truth, truth @ track.HALF_TURN):
-                away = Rotation.from_matrix(turned[:3, :3].T @ poses[0][:3, :3]).magnitude()
-                options.append((np.linalg.norm(poses[0][:3, 3] - truth[:3, 3]), np.degrees(away)))
-            found.append((*min(options, key=lambda o: o[1]), scores))
-    return found
+def one_row(args, row, model):
+    found, spent, extra = [], 0.0, []
+    for seed in args.seeds:
+        for clip in tqdm(clips(args, row, seed), desc=row, total=len(args.folders), disable=not sys.stderr.isatty()):
+            if row == "mask":                             # the first frames say all: two are tracked
+                clip |= {key: clip[key][:, :1] for key in ("rgb", "points", "valid")}
+                clip = {key: value for key, value in clip.items() if not key.startswith("true_") or "in_ref" in key}
+                clip |= dict(true_gripper_in_ref=clip["true_gripper_in_ref"][:2], frame_index=np.zeros(1, int))
+                del clip["true_view_in_ref"]
+                extra += first_poses(clip, track.track(clip, "mask", model))
+                continue
+            before = time.process_time()
+            result = track.track(clip, "pose", model)
+            found.append(errors(clip, result))
+            spent += (time.process_time() - before) * len(found[-1]["m"]) / result["lost"][1:].size
+            if row == "removed":
+                extra.append((result["lost"][4:7].mean(), (~result["lost"][-2:]).any(0).mean()))
+    if row == "mask":
+        m, degrees = np.array(extra).T
+        print(f"{ROWS[row]}: {np.sum((m < 0.01) & (degrees < 5))} of {len(m)} within 1 cm and 5 degrees, up to half a "
+              f"turn; median {1000 * np.median(m):.1f} mm, {np.median(degrees):.1f} degrees", flush=True)
+        return
+    line(ROWS[row], found, spent)
+    if row == "removed":
+        gone, back = np.mean(extra, axis=0)
+        print(f"  {100 * gone:.0f} % of the removed reported lost, {100 * back:.0f} % of the hands tracked by the end")
 
 
-def replayed(task, seed, size):
-    """Row 6: whether the path tracked in a demonstration's true video, executed from the first frame in the grippers'
-    own frames, does the task."""
-    world = data.World(task)
-    world.reset(seed)
-    world.step(world.demonstration[0][0], world.demonstration[1][0])
-    cameras = evaluate.place_cameras(world, np.random.default_rng([task, seed, 2]), size, 2)
-    frames = -(-(len(world.demonstration[0]) - 1) // evaluate.STRIDE)
-    video = evaluate.scripted_future(world, 0, cameras, size, frames)
-    path = evaluate.bridge(track.track({**evaluate.observe(world, cameras, size), **video}))
-    evaluate.execute(world, path["gripper_motion"], path["opening"])
-    return world.success()
+def tracked(clip, model):
+    return track.track(clip, "pose", model)["lost"][1:].size
 
 
-def timed(p, model):
-    """Seconds of wall clock and of processor time a frame a hand, after the first frame."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = track.track(p, "pose", model)
-    frames = result["lost"][1:].size
-    return result, (time.perf_counter() - wall) / frames, (time.process_time() - cpu) / frames
-
-
-def all_cores(predictions, model):
-    """Frames a second a hand when as many clips are tracked at once as there are cores, each in its own process."""
-    os.environ["OMP_NUM_THREADS"] = "1"                   # the processes inherit it: a core each
+def all_cores(args, model):
+    """Frames a second a hand with one clip on every core."""
+    os.environ["OMP_NUM_THREADS"] = "1"                   # the processes inherit it
+    todo = list(clips(args, "two", args.seeds[0]))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [(p, model) for p in predictions]
-        list(pool.map(timed, *zip(*jobs[:2 * os.cpu_count()])))          # the processes start and import
-        start = time.perf_counter()
-        frames = sum(result["lost"][1:].size for result, _, _ in pool.map(timed, *zip(*jobs)))
-        return frames / (time.perf_counter() - start)
+        list(pool.map(tracked, todo[:os.cpu_count()], [model] * os.cpu_count()))            # they start and import
+        before = time.perf_counter()
+        frames = sum(pool.map(tracked, todo, [model] * len(todo)))
+        print(f"{frames / (time.perf_counter() - before):.1f} frames a second a hand on {os.cpu_count()} cores, "
+              f"load before {os.getloadavg()[0]:.1f}")
 
 
 def beside_open3d(rounds=20):
-    """Point-to-plane on the same 2,000-point pairs, 5 mm and 3 degrees apart: the error of the source's points, and
-    ms."""
+    """Point-to-plane on the same 2,000-point pairs, 5 mm and 3 degrees apart: the source's rms error, and ms."""
     try:
-        import open3d
-    except ImportError:
-        print("Open3D is not installed: pip install open3d")
-        return
-    registration = open3d.pipelines.registration
-    print("\n| pair | ours, mm | Open3D, mm | ours, ms | Open3D, ms | ratio |\n|---|---|---|---|---|---|")
-    for name, noise in (("same points", 0.0), ("resampled, 0.5 mm noise", 0.0005)):
+        from open3d import geometry, pipelines, utility
+    except ImportError as error:
+        raise SystemExit(f"--open3d: {error} (pip install open3d)")
+    registration = pipelines.registration
+    criteria = registration.ICPConvergenceCriteria(1e-9, 1e-9, 50)
+    vertices, faces = data.load_mesh(HERE / "data/panda_hand.obj")
+    print("| pair | ours, mm | Open3D, mm | ours, ms | Open3D, ms | ratio |\n|---|---|---|---|---|---|")
+    for name, noise in (("same points", 0.0), ("0.5 mm noise", 0.0005)):
         draw = np.random.default_rng(1)
-        (vertices, faces) = data.load_mesh(HERE / "data/panda_hand.obj")
-        target, normals = track.sample_surface(vertices, faces, 2000, 1)
-        source = target[draw.permutation(2000)] if noise == 0 else track.sample_surface(vertices, faces, 2000, 2)[0]
-        target, source = target + noise * draw.standard_normal(target.shape), source + noise * draw.standard_normal(
-            source.shape
-        )
-        axis, shift = draw.standard_normal(3), draw.standard_normal(3)
+        target, normals = track.sample_surface(vertices, faces, 2000)
+        source = target[draw.permutation(2000)] + noise * draw.standard_normal(target.shape)
+        axis, shift = draw.standard_normal((2, 3))
         truth = np.eye(4)
         truth[:3, :3] = Rotation.from_rotvec(np.radians(3) * axis / np.linalg.norm(axis)).as_matrix()
         truth[:3, 3] = 0.005 * shift / np.linalg.norm(shift)
         moved = data.transform(source, data.invert(truth))
-        a, b = open3d.geometry.PointCloud(), open3d.geometry.PointCloud()
-        a.points, b.points, b.normals = (open3d.utility.Vector3dVector(x) for x in (moved, target, normals))
-        criteria = registration.ICPConvergenceCriteria(1e-9, 1e-9, 50)
+        a, b = geometry.PointCloud(), geometry.PointCloud()
+        a.points, b.points, b.normals = (utility.Vector3dVector(x) for x in (moved, target, normals))
         calls = dict(
             ours=lambda: track.icp(moved, target, normals, None, 0.02, 50, kernel="none")[0],
-            open3d=lambda: registration.registration_icp(
-                a, b, 0.02, np.eye(4), registration.TransformationEstimationPointToPlane(), criteria
-            ).transformation,
-        )
+            theirs=lambda: registration.registration_icp(
+                a, b, 0.02, np.eye(4), registration.TransformationEstimationPointToPlane(), criteria).transformation)
         off, ms = {}, {key: [] for key in calls}
         for _ in range(rounds):
             for key, call in calls.items():
-                start = time.perf_counter()
-                T = call()
-                ms[key].append(1000 * (time.perf_counter() - start))
-                off[key] = 1000 * np.sqrt(((data.transform(moved, np.asarray(T)) - source)**2).sum(1).mean())
-        ours, theirs = np.median(ms["ours"]), np.median(ms["open3d"])
-        print(f"| {name} | {off['ours']:.4f} | {off['open3d']:.4f} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.1f} |")
+                before = time.perf_counter()
+                T = np.asarray(call())
+                ms[key].append(1000 * (time.perf_counter() - before))
+                off[key] = 1000 * np.sqrt(((data.transform(moved, T) - source)**2).sum(1).mean())
+        ours, theirs = np.median(ms["ours"]), np.median(ms["theirs"])
+        print(f"| {name} | {off['ours']:.4f} | {off['theirs']:.4f} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} |")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--recorded", help="folder of recorded episodes in the public layout [synthetic ones]")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--episodes", type=int, default=5, help="of each task, at most")
-    parser.add_argument("--demos", type=int, default=20, help="of each task, for row 6")
-    parser.add_argument("--only", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], help="rows")
-    parser.add_argument("--work", default="runs/bench_track", help="folder for the packed episodes")
-    parser.add_argument("--size", type=data.parse_size, default=SIZE, help="HEIGHTxWIDTH of synthetic episodes, pixels")
-    parser.add_argument("--seed", type=int, default=0, help="of the cameras and the noise")
-    parser.add_argument("--open3d", action="store_true", help="time our icp beside Open3D's")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--recorded", help="folder of recorded episodes in the public layout [synthetic episodes]")
+    add("--tasks", type=int, nargs="+", default=[1, 2, 3], help="[1 2 3]")
+    add("--episodes", type=int, default=5, help="of each task, at most [5]")
+    add("--frames", type=int, default=100, help="predicted ones of a clip, at most [to the end of the episode]")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="[all]")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of cameras and noise [0 1 2]")
+    add("--size", type=data.parse_size, default=(256, 320), help="HEIGHTxWIDTH that is packed [256x320]")
+    add("--work", type=Path, default=Path("runs/bench_track"), help="folder of the packed episodes [runs/bench_track]")
+    add("--speed", action="store_true", help="only this: a clip a core at once")
+    add("--open3d", action="store_true", help="only this: our icp beside Open3D's")
     args = parser.parse_args()
-    model = (
-        track.hand_model(HERE / "data/panda_hand.obj", HERE / "data/panda_finger.obj")
-        if args.recorded
-        else track.hand_model()
-    )
-    draw = np.random.default_rng(args.seed)
-    rows = {name: [] for name in ("1 two views", "1 one view", "3 degraded", "4 removed")}
-    first, speed, recovered, predictions = [], [], [], []
-    rows_on_clips = set(args.only) - {6}
-    for name, p in tqdm(list(clips(args)) if rows_on_clips else [], desc="tracking", unit="episode"):
-        if 5 in args.only:
-            predictions.append(p)
-        if {1, 5} & set(args.only):
-            result, wall, cpu = timed(p, model)
-            rows["1 two views"].append(errors(p, result))
-            speed.append((wall, cpu))
-        if 1 in args.only:
-            alone = one_view(p)
-            rows["1 one view"].append(errors(alone, track.track(alone, "pose", model)))
-        if 2 in args.only:
-            first += first_pose(p, model)
-        if 3 in args.only:
-            rows["3 degraded"].append(errors(p, track.track(degraded(p, draw), "pose", model)))
-        if 4 in args.only:
-            start, stop = 3, 6
-            result = track.track(removed(p, start, stop), "pose", model)
-            e = errors(p, result)
-            arms = len(e["lost"]) // len(result["lost"][1:])
-            lost, right = e["lost"].reshape(-1, arms), ((e["m"] < 0.02) & (e["deg"] < 10)).reshape(-1, arms)
-            recovered.append((lost[start:stop].mean(), right[-2:].any(0).mean()))
-    if any(rows.values()):
-        print("\n| row | frames | median | median, degrees | within 2 cm and 10 degrees, % | the same, seen, % | "
-              "lost, % | silently wrong, % | opening, median | closed right, % | the same, fingers seen, % |\n|" + "---|" * 11)
-    for name, got in rows.items():
-        if got:
-            line(name, got)
-    if first:
-        ok = np.mean([m < 0.01 and deg < 5 for m, deg, _ in first])
-        print(
-            f"\n2 first pose from the mask: {100 * ok:.1f} % of {len(first)} within 1 cm and 5 degrees "
-            f"modulo the half turn; median "
-            f"{1000 * np.median([f[0] for f in first]):.1f} mm, {np.median([f[1] for f in first]):.1f} degrees"
-        )
-    if recovered:
-        print(
-            f"4 hand removed in three frames: {100 * np.mean([r[0] for r in recovered]):.1f} % of them reported lost; "
-            f"{100 * np.mean([r[1] for r in recovered]):.1f} % of the hands tracked again by the end"
-        )
-    if speed and 5 in args.only:
-        print(f"5 speed: {1 / np.mean([s[0] for s in speed]):.1f} frames a second a hand by the clock, "
-              f"{1 / np.mean([s[1] for s in speed]):.1f} a second of processor time; one clip a core at once: "
-              f"{all_cores(predictions, model):.1f} by the clock ({os.cpu_count()} cores, "
-              f"load {os.getloadavg()[0]:.1f})")
-    for task in args.tasks if 6 in args.only else []:
-        done = [replayed(task, evaluate.ROLLOUT_SEED + k, args.size)
-                for k in tqdm(range(args.demos), desc=f"replaying task {task}", unit="demo")]
-        print(f"6 replayed in the synthetic world, {args.size[0]} x {args.size[1]}, task {task}: {sum(done)} of "
-              f"{len(done)} succeed", flush=True)
     if args.open3d:
-        beside_open3d()
+        return beside_open3d()
+    args.folders = []
+    for task in args.tasks:
+        out = args.work / f"{'recorded' if args.recorded else 'synthetic'}_{data.size_text(args.size)}_{task}"
+        data.prepare(task, out, args.recorded or "synthetic", args.size, args.episodes)
+        args.folders += data.episode_folders(out)[:args.episodes]
+    meshes = (HERE / "data/panda_hand.obj", HERE / "data/panda_finger.obj") if args.recorded else ()
+    model = track.hand_model(*meshes)
+    if args.speed:
+        return all_cores(args, model)
+    print(f"\nseeds {args.seeds}\n| row | frames | median, mm | degrees | within 2 cm and 10 degrees: all / seen, % | "
+          "lost, % | silently wrong, % | opening, median mm | open/closed right, % | frames/s of processor time a hand |"
+          "\n|" + "---|" * 10, flush=True)
+    for row in args.rows:
+        one_row(args, row, model)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        raise SystemExit(f"bench_track.py: {error}")
+    main()

@@ -1,6 +1,9 @@
-"""Puts the top-level scripts on the import path and picks a plotting backend without a screen."""
-import os
+"""Puts the top-level scripts on the import path; --long runs all of tests/test_faults.py, and not a sample of it."""
 import sys
+from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-os.environ.setdefault("MPLBACKEND", "Agg")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="all kills and full disks of tests/test_faults.py [a sample]")

@@ -1,284 +1,497 @@
-"""Geometry, recorded episodes, packing and clips (data.py). tests/data/recorded holds one recorded episode of task 1 in
-the public layout: two cameras, 11 frames at 2 Hz, 128 x 160 pixels, MuJoCo physics."""
-import json
+"""data.py's geometry, files, clips and packed episodes. tests/data/recorded holds one recorded episode of task 1 in the
+public layout: two cameras, 11 frames at 2 Hz, 128 x 160 pixels, MuJoCo physics."""
+import os
+import resource
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
+from unittest.mock import Mock
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from scipy.spatial import cKDTree
+from PIL import Image, ImageSequence
+from scipy.spatial.transform import Rotation
 
-import data as D
+import data
 
 ROOT = Path(__file__).parent.parent
 RECORDED = Path(__file__).parent / "data" / "recorded"
 PROCESSED = next(RECORDED.rglob("processed"))
+NAME = "2025-03-31T10-00-00+00-00_episode_0"
 SIZE = (64, 80)
+FILES = ("observations.npz", "intrinsics.npz", "extrinsics.npz", "metadata.yaml")
+RIGHT = "robot__actual__poses__right::panda__", "robot__actual__grippers__right::panda_hand"
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
-    D.pack_folder(RECORDED, 1, folder, (128, 160))
+    assert data.pack_folder(RECORDED, 1, folder, (128, 160)) == [NAME]
     return folder
 
 
-def random_pose(draw, batch=()):
-    rotation = np.linalg.qr(draw.standard_normal((*batch, 3, 3)))[0]
-    rotation *= np.sign(np.linalg.det(rotation))[..., None, None]
-    pose = np.zeros((*batch, 4, 4))
-    pose[..., :3, :3], pose[..., :3, 3], pose[..., 3, 3] = rotation, draw.standard_normal((*batch, 3)), 1
-    return pose
+@pytest.fixture(scope="module")
+def episode(packed):
+    return data.load_episode(packed / NAME)
 
 
-# ---- geometry
+@pytest.fixture
+def recording(tmp_path):
+    """A copy of the recorded episode, and a function that changes arrays of one of its files (None: leaves one out)."""
+    folder = tmp_path / "lab" / "session_1" / "demo"
+    shutil.copytree(PROCESSED, folder)
+
+    def change(name, **arrays):
+        arrays = data.read_npz(folder / f"{name}.npz") | arrays
+        np.savez(folder / f"{name}.npz", **{key: array for key, array in arrays.items() if array is not None})
+    return folder, change
+
+
+def random_pose(draw, *batch):
+    rotations = Rotation.random(int(np.prod(batch)), random_state=draw.integers(99)).as_matrix()
+    return data.pose(draw.standard_normal((*batch, 3)), rotations.reshape(*batch, 3, 3))
+
+
+def says(call, *words):
+    """`call` is refused in one line with these words."""
+    with pytest.raises(ValueError) as error:
+        call()
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
+
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
-def test_project_undoes_unproject(kind):
+def test_pinhole_and_poses_undo_themselves(kind):
     draw = np.random.default_rng(0)
     depth = draw.uniform(0.3, 2, (2, 5, 7))
     intrinsics = np.array([[[40.0, 0, 3.1], [0, 42, 2.2], [0, 0, 1]], [[30.0, 0, 2.5], [0, 33, 1.7], [0, 0, 1]]])
-    points = D.unproject(kind(depth), kind(intrinsics))
-    pixels, z = D.project(points, kind(intrinsics)[:, None, None])
+    points = data.unproject(kind(depth), kind(intrinsics))
+    pixels, z = data.project(points, kind(intrinsics)[:, None, None])
     v, u = np.meshgrid(np.arange(5), np.arange(7), indexing="ij")
-    assert np.allclose(z, depth, atol=1e-12)
-    assert np.allclose(pixels, np.stack([u, v], -1), atol=1e-10)
+    assert np.allclose(z, depth, atol=1e-12) and np.allclose(pixels, np.stack([u, v], -1), atol=1e-10)
+    a_in_b = random_pose(draw, 2)
+    moved = data.transform(points, kind(a_in_b))
+    assert np.allclose(moved[1, 2, 3], np.asarray(points[1, 2, 3]) @ a_in_b[1, :3, :3].T + a_in_b[1, :3, 3], atol=1e-12)
+    assert np.allclose(data.transform(moved, data.invert(kind(a_in_b))), points, atol=1e-12)
+    assert np.allclose(data.denormalize_points(data.normalize_points(points)), points, atol=1e-12)
+    assert np.allclose(data.normalize_points(kind(np.array([-1.0, 2.0]))), [-1, 1])
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
-def test_transform_batches_and_inverse(kind):
-    draw = np.random.default_rng(1)
-    a_in_b, points = random_pose(draw, (3,)), draw.standard_normal((3, 4, 5, 3))
-    moved = D.transform(kind(points), kind(a_in_b))
-    assert moved.shape == (3, 4, 5, 3)
-    by_hand = points[1, 2, 3] @ a_in_b[1, :3, :3].T + a_in_b[1, :3, 3]
-    assert np.allclose(moved[1, 2, 3], by_hand, atol=1e-12)
-    assert np.allclose(D.transform(moved, D.invert(kind(a_in_b))), points, atol=1e-12)
-
-
-def test_float32_stays_float32():
-    depth, intrinsics = np.ones((4, 5), np.float32), np.eye(3, dtype=np.float32)
-    assert all(x.dtype == np.float32 for x in (D.unproject(depth, intrinsics), D.point_maps(depth, intrinsics)[0]))
-
-
-def test_normalisation_maps_the_stated_range():
-    assert np.allclose(D.normalize_points(np.array([-1.0, 0.5, 2.0])), [-1, 0, 1])
-    assert np.allclose(D.denormalize_points(D.normalize_points(np.array([0.123, 3.0]))), [0.123, 3.0])
-
-
-def test_invalid_depth_goes_to_the_far_plane_and_never_to_the_camera():
-    depth = np.array([[0.0, 1.0], [2.5, 2.0]])
-    points, valid = D.point_maps(depth, np.array([[50.0, 0, 0.5], [0, 50, 0.5], [0, 0, 1]]))
-    assert (valid == [[False, True], [False, True]]).all()
-    assert np.allclose(points[..., 2], [[2, 1], [2, 2]])
+def test_invalid_depth_goes_to_the_far_plane_and_never_to_the_camera(kind):
+    depth = kind(np.array([[0.0, 1, np.nan], [2.5, 2, np.inf], [-1, 0.1, -np.inf]], np.float32))
+    points, valid = data.point_maps(depth, kind(np.array([[50, 0, 0.5], [0, 50, 0.5], [0, 0, 1]], np.float32)))
+    assert np.array_equal(valid, [[False, True, False], [False, True, False], [False, True, False]])
+    assert np.allclose(points[..., 2], [[2, 1, 2], [2, 2, 2], [2, 0.1, 2]]) and np.asarray(points).dtype == np.float32
     assert np.allclose(points[0, 0, :2], [-0.5 / 50 * 2] * 2)               # along the pixel's own ray
 
 
-def test_scaled_intrinsics_see_the_same_ray():
-    intrinsics = np.array([[300.0, 0, 159.5], [0, 310, 127.5], [0, 0, 1]])
-    scaled = D.scale_intrinsics(intrinsics, (256, 320), (64, 80))
-    point = np.array([0.2, -0.1, 1.0])
-    (u, v), _ = D.project(point, intrinsics)
-    assert np.allclose(D.project(point, scaled)[0], [(u + 0.5) / 4 - 0.5, (v + 0.5) / 4 - 0.5])
+def test_resizing():
+    intrinsics, point = np.array([[300.0, 0, 159.5], [0, 310, 127.5], [0, 0, 1]]), np.array([0.2, -0.1, 1.0])
+    (u, v), _ = data.project(point, intrinsics)
+    scaled = data.scale_intrinsics(intrinsics, (256, 320), (64, 80))
+    assert np.allclose(data.project(point, scaled)[0], [(u + 0.5) / 4 - 0.5, (v + 0.5) / 4 - 0.5])
+    depth = np.random.default_rng(0).choice([800, 1100], (2, 3, 96, 120)).astype(np.uint16)
+    small = data.resize(depth, SIZE, "depth")
+    assert small.shape == (2, 3, *SIZE) and set(np.unique(small)) == {800, 1100}    # no depth is invented
+    colours = data.resize(np.full((2, 3, 96, 120, 3), 77, np.uint8), SIZE, "rgb")
+    assert colours.shape == (2, 3, *SIZE, 3) and (colours == 77).all()
 
 
-def test_depth_resize_invents_no_value():
-    depth = np.random.default_rng(0).choice([800, 1100], (1, 96, 120)).astype(np.uint16)
-    assert set(np.unique(D.resize(depth, SIZE, "depth"))) <= {800, 1100}
-    assert D.resize(np.full((1, 96, 120, 3), 77, np.uint8), SIZE, "rgb").mean() == 77
+def test_rotations_and_rigid_fits():
+    draw = np.random.default_rng(2)
+    a, b = random_pose(draw), random_pose(draw)
+    assert np.allclose(data.rotation_from_6d(a[:2, :3].reshape(6)), a[:3, :3])
+    for angle in (1e-9, 0.3, np.pi - 1e-6):
+        turned = Rotation.from_rotvec(angle * np.array([0.6, 0, 0.8])).as_matrix()
+        assert data.rotation_angle(turned) == pytest.approx(angle, rel=1e-6)
+        metres, degrees = data.pose_errors(a, a @ data.pose((0, 0.03, 0), turned))
+        assert metres == pytest.approx(0.03) and degrees == pytest.approx(np.rad2deg(angle), rel=1e-5)
+    source, weights = draw.standard_normal((4, 20, 3)), np.ones((4, 20))
+    source[1, :, 2] = 0                                                             # flat: a mirror image fits as well
+    motion = random_pose(draw, 4)
+    target = data.transform(source, motion)
+    target[:, 0], weights[:, 0] = 9, 0                                              # an outlier without a say
+    assert np.allclose(data.rigid_fit(source, target, weights), motion)
+    assert np.allclose(data.rigid_fit(source[0, 1:], target[0, 1:]), motion[0])
 
 
-def test_rotation_from_6d():
-    rotation = random_pose(np.random.default_rng(2))[:3, :3]
-    assert np.allclose(D.rotation_from_6d(rotation[:2].reshape(6)), rotation)
+def test_files_are_named_with_what_is_wrong(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    says(lambda: data.read_npz(path, "make it"), "a.npz is missing: make it")
+    data.write_npz(path, {"x": np.arange(1000)})
+    assert np.array_equal(data.read_npz(path)["x"], np.arange(1000)) and os.listdir(tmp_path) == ["a.npz"]
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    np.save(tmp_path / "b.npy", np.arange(3))
+    for content, word in ((whole[:200], "damaged"), (bytes(flipped), "damaged"), (b"", "damaged"),
+                          (b"<html>", "no npz"), ((tmp_path / "b.npy").read_bytes(), "no npz"),
+                          (b"version https://git-lfs.github.com/spec/v1", "git lfs pull")):
+        path.write_bytes(content)
+        says(lambda: data.read_npz(path), "a.npz", word, "delete" if word == "damaged" else "")
+    np.savez(path, x=np.array([{}]))
+    says(lambda: data.read_npz(path), "pickled")
+    (tmp_path / "b.json").write_text("")
+    says(lambda: data.read_json(tmp_path / "b.json"), "b.json is damaged", "delete")
+    path.write_bytes(whole)
+    for number, text in ((24, "Too many open files"), (13, "Permission denied")):
+        monkeypatch.setattr(np, "load", Mock(side_effect=OSError(number, text)))
+        says(lambda: data.read_npz(path), f"cannot read {path}: {text}")
 
 
-# ---- recorded episodes
-
-def test_recorded_clouds_of_two_cameras_agree_in_the_world(packed):
-    """What stands on the table, seen by both cameras: nearest neighbours are closer than pixels (7 mm) are apart."""
-    episode = D.load_episode(D.episode_folders(packed)[0])
-    worlds = []
-    for camera in range(2):
-        points, valid = D.point_maps(episode.depth[camera, 0] / 1000, episode.intrinsics[camera])
-        worlds.append(D.transform(points, episode.cam_in_world[camera, 0])[valid])
-    seen_by_1 = worlds[1][worlds[1][:, 2] > 0.005]
-    pixels, z = D.project(D.transform(seen_by_1, D.invert(episode.cam_in_world[0, 0])), episode.intrinsics[0])
-    u, v = pixels.round().astype(int).T
-    inside = (z > 0) & (u >= 0) & (u < 160) & (v >= 0) & (v < 128)
-    hidden = np.ones(len(z), bool)
-    hidden[inside] = z[inside] > episode.depth[0, 0][v[inside], u[inside]] / 1000 + 0.02
-    distance = cKDTree(worlds[0]).query(seen_by_1[~hidden])[0]
-    assert len(distance) > 500 and np.median(distance) < 0.005
+def test_nothing_is_left_half_written(tmp_path, monkeypatch):
+    data.write_json(tmp_path / "a.npz", "old")
+    monkeypatch.setattr(np, "savez_compressed", Mock(side_effect=OSError(28, "No space left on device")))
+    says(lambda: data.write_npz(tmp_path / "a.npz", {}), "cannot write", "No space left")
+    assert os.listdir(tmp_path) == ["a.npz"] and data.read_json(tmp_path / "a.npz") == "old"
 
 
-def test_recorded_points_of_one_view_land_on_the_other(packed):
-    """transform(unproject(view m)) projected into view n meets the depth n measured there, where nothing is between."""
-    episode = D.load_episode(D.episode_folders(packed)[0])
-    m_points, m_valid = D.point_maps(episode.depth[1, 0] / 1000, episode.intrinsics[1])
-    m_in_n = D.invert(episode.cam_in_world[0, 0]) @ episode.cam_in_world[1, 0]
-    pixels, z = D.project(D.transform(m_points, m_in_n)[m_valid], episode.intrinsics[0])
+def test_gifs_play_at_true_speed_with_a_clock(tmp_path):
+    frames = np.zeros((3, 40, 60, 3), np.uint8)
+    frames[1:, 20:] = [[[[200]]], [[[90]]]]
+    data.write_gif(tmp_path / "a.gif", frames, 2, seconds=(0, 0.5, 1))
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 3 and gif.info["duration"] == 500
+        shown = [np.asarray(picture.convert("L"), int) for picture in ImageSequence.Iterator(gif)]
+    assert np.allclose([picture[30, 30] for picture in shown], [0, 200, 90], atol=10)
+    assert (shown[1][:14] != shown[2][:14]).any() and shown[1][:14].max() > 200
+
+
+def test_mesh_files(tmp_path):
+    path = tmp_path / "a.obj"
+    text = "\ufeff# Gr\u00f6\u00df\r\nv 0 0 0\nv 1 0 0\nv 1 \\\n1 0\nvn 0 0 1\nv 0 1 .5\nf 1/1/1 2//1 3 4\nf -4 -3 -2\n"
+    for encoded in (text.encode(), text[1:].encode("latin-1")):
+        path.write_bytes(encoded)
+        vertices, faces = data.load_mesh(path)
+        assert vertices.tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0.5]]
+        assert faces.tolist() == [[0, 1, 2], [0, 2, 3], [0, 1, 2]]
+    path.write_text("v 0 0 0\nv 200 0 0\nv 1 1 0\nf 1 2 3\n")
+    says(lambda: data.load_mesh(path), "a.obj is 200 m long", "millimetres")
+    for content in ("", "v 0 0 0\nv 1 0 0\n", "v 0 0 0\nf 1 2 3\n", "v a b c\nf 1 1 1\n", "solid of an stl file",
+                    "v nan 0 0\nv 1 0 0\nv 1 1 0\nf 1 2 3\n"):
+        path.write_text(content)
+        says(lambda: data.load_mesh(path), "a.obj")
+    says(lambda: data.load_mesh(tmp_path / "none.obj"), "none.obj is missing")
+
+
+def test_recorded_poses_depth_and_masks_agree(episode):
+    """Points of view m, moved into view n, meet the depth that n measured there; the hand's lie in the hand."""
+    points, valid = data.point_maps(episode.depth[1, 0] / 1000, episode.intrinsics[1])
+    m_in_n = data.invert(episode.cam_in_world[0, 0]) @ episode.cam_in_world[1, 0]
+    pixels, z = data.project(data.transform(points, m_in_n)[valid], episode.intrinsics[0])
     u, v = pixels.round().astype(int).T
     inside = (z > 0) & (u >= 0) & (u < 160) & (v >= 0) & (v < 128)
     n_depth = episode.depth[0, 0][v[inside], u[inside]] / 1000
-    difference = np.abs(n_depth - z[inside])[n_depth > 0]
-    assert np.median(difference) < 0.005
-    wrong = D.transform(m_points, D.invert(m_in_n))[m_valid]                # the test can fail: the inverse pose misses
-    assert np.median(np.abs(wrong[:, 2] - z)) > 0.05
+    assert np.median(np.abs(n_depth - z[inside])[n_depth > 0]) < 0.005
+    mask = valid & (episode.label[1, 0] == data.RIGHT_GRIPPER)
+    in_hand = data.transform(points[mask], data.invert(episode.gripper_in_world[0, 0]) @ episode.cam_in_world[1, 0])
+    assert len(in_hand) > 20 and (np.abs(np.median(in_hand, 0)) < [0.06, 0.11, 0.13]).all()
 
 
-def test_recorded_gripper_pose_lies_inside_its_own_mask(packed):
-    episode = D.load_episode(D.episode_folders(packed)[0])
-    points, valid = D.point_maps(episode.depth[0, 0] / 1000, episode.intrinsics[0])
-    world = D.transform(points, episode.cam_in_world[0, 0])
-    for arm, label in ((0, D.RIGHT_GRIPPER), (1, D.LEFT_GRIPPER)):
-        mask = valid & (episode.label[0, 0] == label)
-        if mask.sum() > 20:
-            in_hand = D.transform(world[mask], D.invert(episode.gripper_in_world[0, arm]))
-            assert (np.abs(np.median(in_hand, 0)) < [0.06, 0.11, 0.13]).all()
-    assert (episode.label[0, 0] == D.RIGHT_GRIPPER).any() or (episode.label[1, 0] == D.RIGHT_GRIPPER).any()
-    assert episode.rate_hz == 2 and (episode.label == D.OBJECT).any()
+def test_packing_overwrites_and_mixes_nothing(tmp_path, recording):
+    source, out = recording[0].parents[1], tmp_path / "out"
+    for k in (1, 2, 10):
+        shutil.copytree(PROCESSED, source / "session_2" / "diffusion_spartan" / f"episode_{k}" / "processed")
+    shutil.rmtree(recording[0])
+    names = [f"session_2_episode_{k}" for k in (1, 2, 10)]
+    assert data.pack_folder(source, 1, out, SIZE, episodes=2) == names[:2]
+    assert data.pack_folder(source, 1, out, SIZE) == names[2:] and data.pack_folder(source, 1, out, SIZE) == []
+    stamp = lambda: {name: (out / name / "rgb.npy").stat().st_mtime_ns for name in names[::2]}
+    before = stamp()
+    shutil.rmtree(out / names[1])
+    assert data.pack_folder(source, 1, out, SIZE) == names[1:2] and stamp() == before
+    says(lambda: data.pack_folder(source, 1, out, (32, 40)), "64x80", "32x40", "another --out")
+    says(lambda: data.pack_folder(source, 2, out, SIZE), "task 1", "task 2")
+    says(lambda: data.make_synthetic(1, out, 1, SIZE), "is recorded", "not synthetic")
+    says(lambda: data.download_episodes(1, out, SIZE), "is recorded", "not hub")
+    shutil.copytree(source / "session_2", source / "again" / "session_2")
+    says(lambda: data.pack_folder(source, 1, tmp_path / "new", SIZE), "would both be packed as session_2_episode_1")
+    says(lambda: data.save_episode(out / names[0], *[np.zeros(1)] * 7, {}), "cannot write")
+    assert len(data.episode_folders(out)) == 3 and stamp() == before
 
 
-def test_labels_follow_names_and_fall_back_to_public_ids():
-    names = {"label_names": {11: "right_hand", 12: "right_finger_left", 21: "left_hand", 31: "cereal_box", 41: "shelf"}}
-    assert D.label_ids(names, 1) == {D.RIGHT_GRIPPER: (11, 12), D.LEFT_GRIPPER: (21,), D.OBJECT: (31,)}
-    assert D.label_ids({}, 1) == {D.RIGHT_GRIPPER: (29, 30, 31), D.LEFT_GRIPPER: (33, 34, 35), D.OBJECT: (39,)}
+def depth_forms(mm):
+    holes = np.where(mm % 7 == 0, np.nan, mm / 1000)
+    return {"float32 m": (mm / np.float32(1000), 0), "int32 mm": (mm.astype(np.int32) - (mm == 0), 0),
+            "float64 m with holes": (holes, 7), "float mm": (mm.astype(float), "float64"),
+            "quarter mm": (mm * 4, "uint16"), "fifths of mm": (mm * 5, "uint16"), "whole m": (mm // 1000, "uint16"),
+            "boolean": (mm > 0, "bool")}
 
 
-def test_packing_twice_adds_nothing(packed):
-    assert D.pack_folder(RECORDED, 1, packed, (128, 160)) == 1
-    assert len(D.episode_folders(packed)) == 1
+@pytest.mark.parametrize("form", depth_forms(np.zeros((1, 1), np.uint16)))
+def test_depth_is_converted_or_refused(recording, tmp_path, form):
+    folder, change = recording
+    mm = data.read_npz(folder / "observations.npz")["scene_8_depth"]
+    depth, result = depth_forms(mm)[form]
+    change("observations", scene_8_depth=depth)
+    pack = lambda: data.pack_recorded(folder, tmp_path / "out", 1, (128, 160))
+    if isinstance(result, str):
+        return says(pack, "scene_8_depth", result, "millimetres")
+    pack()
+    assert np.array_equal(data.load_episode(tmp_path / "out").depth[1], np.where(mm % (result or 1e9) == 0, 0, mm))
 
 
-def break_file(folder, name, **changes):
-    with np.load(folder / name) as file:
-        arrays = dict(file)
-    for key, value in changes.items():
-        arrays.pop(key, None)
-        if value is not None:
-            arrays[key] = value(arrays) if callable(value) else value
-    np.savez(folder / name, **arrays)
-
-
-@pytest.mark.parametrize("damage, says", [
-    (lambda f: (f / "extrinsics.npz").unlink(), "extrinsics.npz is missing"),
-    (lambda f: (f / "intrinsics.npz").write_bytes(b"PK nonsense"), "damaged"),
-    (lambda f: break_file(f, "observations.npz", scene_3_depth=None), "no array 'scene_3_depth'"),
-    (lambda f: break_file(f, "observations.npz", scene_8_label=np.zeros((11, 4, 4))),
-     "'scene_8_label' has shape (11, 4, 4)"),
-    (lambda f: break_file(f, "observations.npz", scene_8=None), "has 1 cameras"),
+@pytest.mark.parametrize("name, key, array, words", [
+    ("intrinsics", "scene_3", [[1400.0, 0, 960], [0, 1400, 540], [0, 0, 1]], "128x160 picture"),    # of full HD
+    ("intrinsics", "scene_3", [[66.0, 0, 40], [0, 66, 32], [0, 0, 1]], "pixels"),                   # of half the size
+    ("intrinsics", "scene_3", [[0.84, 0, 0.5], [0, 1.04, 0.5], [0, 0, 1]], "pixels"),               # normalised
+    ("intrinsics", "scene_3", [[133.7, 0, 0], [0, 133.7, 0], [79.5, 63.5, 1]], "pixels"),           # transposed
+    ("intrinsics", "scene_3", np.zeros((3, 3)), "0 to 0"), ("intrinsics", "scene_3", np.full((3, 3), np.nan), "finite"),
+    ("intrinsics", "scene_3", np.eye(4), "(4, 4), expected (3, 3)"), ("intrinsics", "scene_3", None, "no array"),
+    ("extrinsics", "scene_8", np.eye(4)[None].repeat(9, 0), "(9, 4, 4)"),
+    ("extrinsics", "scene_8", 1000 * np.eye(4), "rigid"), ("extrinsics", "scene_8", np.ones((4, 4)), "rigid"),
+    ("observations", "scene_3", np.zeros((11, 128, 160, 3), np.float32), "float32 0 to 0: expected colours"),
+    ("observations", "scene_3", np.zeros((11, 128, 160), np.uint8), "(any, any, any, 3)"),
+    ("observations", "scene_3_depth", None, "no array 'scene_3_depth'"),
+    ("observations", "scene_3_label", None, "no array 'scene_3_label'"),
+    ("observations", "scene_8_label", np.zeros((11, 4, 4)), "(11, 4, 4)"),
+    ("observations", RIGHT[0] + "rot_6d", None, "no array"),
+    ("observations", RIGHT[0] + "xyz", np.ones((11, 2)), "(11, 2)"),
+    ("observations", RIGHT[0] + "xyz", np.full((11, 3), 450.0), "xyz"),                             # millimetres
+    ("observations", RIGHT[1], np.full((11, 1), 80.0), "fingers"),
 ])
-def test_damaged_recordings_are_named(tmp_path, damage, says):
-    processed = tmp_path / "episode_0" / "processed"
-    shutil.copytree(PROCESSED, processed)
-    damage(processed)
-    with pytest.raises(ValueError) as error:
-        D.pack_recorded(processed, tmp_path / "out", 1, SIZE)
-    assert says in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
+def test_wrong_recordings_are_refused_by_name(recording, tmp_path, name, key, array, words):
+    folder, change = recording
+    change(name, **{key: array if array is None else np.array(array)})
+    says(lambda: data.pack_recorded(folder, tmp_path / "out", 1, SIZE), f"{name}.npz", key, words)
+    assert not [*tmp_path.glob("out*")]
 
 
-def test_commands_fail_in_one_line(tmp_path):
-    for arguments, says in ((["--source", str(tmp_path / "nowhere")], "no such folder"),
-                            (["--source", str(tmp_path)], "holds no processed/observations.npz"),
-                            (["--source", str(RECORDED), "--task", "2"], "of task 2"),
-                            (["--episodes", "-1"], "--episodes must be at least 1"),
-                            (["--size", "64"], "HEIGHTxWIDTH")):
-        run = subprocess.run([sys.executable, ROOT / "data.py", "--out", tmp_path / "out", *arguments],
-                             capture_output=True, text=True)
-        assert run.returncode and says in run.stderr and "Traceback" not in run.stderr
+@pytest.mark.parametrize("rate, fits", [(5, 0), (3, 0), (1, 0), (7, 0), (0, 0), (2, 1), (10, 5), (30, 15), (29.97, 15)])
+def test_frames_of_a_clip_are_half_a_second_apart(recording, tmp_path, rate, fits):
+    folder, pack = recording[0], lambda: data.pack_recorded(recording[0], tmp_path / "out", 1, SIZE)
+    (folder / "metadata.yaml").write_text(f"rate_hz: {rate}")
+    if not fits:
+        return says(pack, "frames a second", "multiple of 2")
+    pack()
+    episode = data.load_episode(tmp_path / "out")
+    assert episode.stride == fits
+    if fits == 5:
+        assert np.array_equal(data.read_clip(episode, 0, [0, 1], [0, 1])["true_rgb"][1], episode.rgb[1, [5, 10]])
 
 
-def test_damaged_packed_episodes_are_named(packed, tmp_path):
-    folder = tmp_path / "episode_000"
-    shutil.copytree(D.episode_folders(packed)[0], folder)
+def test_any_camera_names_one_arm_and_no_labels(recording, tmp_path, capsys):
+    folder, change = recording
+    for name in ("observations", "intrinsics", "extrinsics"):
+        old = data.read_npz(folder / f"{name}.npz")
+        new = {key.replace("scene_3", "wrist").replace("scene_8", "front view"): old[key] for key in old
+               if "label" not in key and "left" not in key}
+        change(name, **(dict.fromkeys(old) | new))
+    change("extrinsics", **{"front view": new["front view"][0]})                                    # (4, 4): it stands
+    (folder / "metadata.yaml").write_text("rate_hz: 2")
+    data.prepare(1, tmp_path / "out", folder.parents[1], SIZE)
+    episode = data.load_episode(tmp_path / "out" / "session_1_demo")
+    said = capsys.readouterr().out
+    assert "2 cameras at 64x80, 11 frames at 2 Hz, 1 moving clips; arms: right; not labelled" in said
+    assert "camera  1 front view" in said and "camera  2 wrist" in said and "check its extrinsics" not in said
+    assert episode.info["cameras"] == ["front view", "wrist"] and episode.gripper_opening.shape == (11, 1)
+    clips = data.Clips(tmp_path / "out", "train", SIZE)
+    assert "observed_gripper" not in clips.clip(0) and not clips[0]["gripper"].any()
+
+    change("extrinsics", wrist=data.invert(new["wrist"]))                                           # world to camera
+    data.prepare(1, tmp_path / "turned", folder.parents[1], SIZE)
+    assert "<- check its extrinsics" in capsys.readouterr().out
+    change("observations", **{"wrist_depth": None})
+    says(lambda: data.pack_recorded(folder, tmp_path / "none", 1, SIZE), "has 1 cameras")
+
+
+def test_only_the_left_arm_keeps_its_label(recording, tmp_path, episode):
+    recording[1]("observations", **dict.fromkeys((RIGHT[0] + "xyz", RIGHT[0] + "rot_6d", RIGHT[1])))
+    data.pack_recorded(recording[0], tmp_path / "out", 1, (128, 160))
+    one, both = (data.read_clip(e, 0, [0, 1]) for e in (data.load_episode(tmp_path / "out"), episode))
+    assert np.array_equal(one["observed_gripper"][:, 0], both["observed_gripper"][:, 1])
+    assert np.allclose(one["observed_gripper_in_ref"], both["observed_gripper_in_ref"][1:])
+
+
+def test_damaged_still_and_small_episodes_are_named(packed, episode, tmp_path):
+    folder = tmp_path / "one"
+    shutil.copytree(packed / NAME, folder)
     (folder / "depth.npy").write_bytes((folder / "depth.npy").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="episode_000 is damaged"):
-        D.load_episode(folder)
+    says(lambda: data.load_episode(folder), "depth.npy is damaged", "run data.py again")
+    np.save(folder / "depth.npy", np.zeros((2, 11, 128, 161), np.uint16))
+    says(lambda: data.load_episode(folder), "do not belong together")
     (folder / "rgb.npy").unlink()
-    with pytest.raises(ValueError, match="rgb.npy is missing"):
-        D.load_episode(folder)
-
-
-# ---- clips
-
-def test_a_clip_is_a_function_of_seed_and_number(packed):
-    clips = [D.Clips(packed, "train", SIZE, seed=seed) for seed in (3, 3, 4)]
-    first, again, other = (c[17] for c in clips)
-    assert all(torch.equal(first[key], again[key]) for key in first if torch.is_tensor(first[key]))
-    assert any(not torch.equal(clips[0][i]["rgb"], clips[2][i]["rgb"]) for i in range(8))
-
-
-def test_a_clip_is_what_it_says(packed):
-    clip = D.Clips(packed, "train", SIZE)[0]
-    assert clip["rgb"].shape == clip["points"].shape == (2, 11, 3, *SIZE) and clip["valid"].shape == (2, 11, *SIZE)
-    assert clip["gripper"].shape == (2, 11, *SIZE, 2) and clip["gripper_in_ref"].shape == (11, 2, 4, 4)
-    assert torch.allclose(clip["view_in_ref"][0], torch.eye(4), atol=1e-6)
-    # the reference's points are its own; the other view's own points, moved by its pose, are its points in reference
-    assert torch.allclose(clip["points"][0, 0], clip["own_points"][0], atol=1e-5)
-    own = D.denormalize_points(clip["own_points"][1]).permute(1, 2, 0)
-    moved = D.transform(own, clip["view_in_ref"][1]).permute(2, 0, 1)
-    assert torch.allclose(D.normalize_points(moved), clip["points"][1, 0], atol=1e-5)
-    assert not torch.allclose(clip["points"][1, 0], clip["own_points"][1], atol=0.05)
-
-
-def test_a_single_frame_is_one_of_the_clips(packed):
-    for i in range(5):
-        whole, single = D.Clips(packed, "train", SIZE)[i], D.Clips(packed, "train", SIZE, single=True)[i]
-        t = int(single["frame_index"])
-        assert single["rgb"].shape[1] == 2 and 0 <= t < 10
-        if single["name"] == whole["name"]:
-            assert torch.equal(single["points"][:, 1], whole["points"][:, 1 + t])
-
-
-def test_static_clips_are_left_out(packed, tmp_path):
-    episode = D.load_episode(D.episode_folders(packed)[0])
+    says(lambda: data.load_episode(folder), "rgb.npy is missing")
     still = np.repeat(episode.gripper_in_world[:1], 11, axis=0)
-    assert D.moving_starts(episode, 10) == [0]
-    arguments = [episode.rgb, episode.depth, episode.label, episode.intrinsics, episode.cam_in_world, still,
-                 episode.gripper_opening, episode.time, episode.info]
-    D.save_episode(tmp_path / "episode_000", *arguments)
-    with pytest.raises(ValueError, match="moving clip"):
-        D.Clips(tmp_path, "train", SIZE)
+    data.save_episode(tmp_path / "two" / "still", episode.rgb, episode.depth, episode.label, episode.intrinsics,
+                      episode.cam_in_world, still, episode.gripper_opening, episode.info)
+    says(lambda: data.Clips(tmp_path / "two", "train", SIZE), "moving clip")
+    says(lambda: data.Clips(packed, "train", (256, 320)), "128x160", "256x320")
+    says(lambda: data.Clips(packed, "train", SIZE, views=3), "2 cameras", "not 3")
+    says(lambda: data.Clips(tmp_path / "none", "train", SIZE), "no packed episodes")
 
 
-def test_recordings_at_10_hz_are_strided(packed, tmp_path):
-    episode = D.load_episode(D.episode_folders(packed)[0])
-    slow = [np.repeat(x, 5, axis=axis) for x, axis in ((episode.rgb, 1), (episode.depth, 1), (episode.label, 1))]
-    D.save_episode(tmp_path / "episode_000", *slow, episode.intrinsics, np.repeat(episode.cam_in_world, 5, 1),
-                   np.repeat(episode.gripper_in_world, 5, 0), np.repeat(episode.gripper_opening, 5, 0),
-                   np.arange(55) / 10, dict(episode.info, rate_hz=10))
-    starts = D.moving_starts(D.load_episode(tmp_path / "episode_000"), 10)
-    assert starts == [0, 1, 2, 3, 4]
-    fast, slow = (D.read_clip(D.load_episode(folder), 0, [0, 1], range(10), SIZE)
-                  for folder in (D.episode_folders(packed)[0], tmp_path / "episode_000"))
-    assert torch.equal(fast["rgb"], slow["rgb"]) and torch.equal(fast["gripper_in_ref"], slow["gripper_in_ref"])
+def test_a_clip_is_what_it_says(packed, episode):
+    clips = data.Clips(packed, "train", SIZE)
+    clip, item = clips.clip(0), clips[0]
+    assert {key: np.shape(clip[key]) for key in data.CLIP if key in clip} == dict(
+        observed_rgb=(2, 64, 80, 3), observed_depth=(2, 64, 80), observed_gripper=(2, 2, 64, 80),
+        observed_object=(2, 64, 80), intrinsics=(2, 3, 3), observed_gripper_in_ref=(2, 4, 4), observed_opening=(2,),
+        ref_in_world=(4, 4), true_rgb=(2, 10, 64, 80, 3), true_points=(2, 10, 64, 80, 3), true_valid=(2, 10, 64, 80),
+        true_view_in_ref=(2, 4, 4), true_gripper=(2, 10, 2, 64, 80), true_gripper_in_ref=(11, 2, 4, 4),
+        true_opening=(11, 2), frame_index=(10,), fps=())
+    checked = data.check_clip(clip, ("observed", "pose", "mask", "truth"))
+    assert all(np.array_equal(checked[key], clip[key]) for key in data.CLIP if key in clip)
+    assert item["rgb"].shape == item["points"].shape == (2, 11, 3, *SIZE) and item["valid"].shape == (2, 11, *SIZE)
+    assert item["gripper"].shape == (2, 11, 2, *SIZE) and item["moving"].shape == (2, 10, *SIZE)
+    assert item["rgb"].abs().max() <= 1 and item["rgb"].std() > 0.1 and 0.005 < item["moving"].float().mean() < 0.2
+    own = data.denormalize_points(item["own_points"].permute(0, 2, 3, 1))
+    moved = data.transform(own, torch.as_tensor(clip["true_view_in_ref"]).float())
+    assert torch.allclose(data.normalize_points(moved).permute(0, 3, 1, 2), item["points"][:, 0], atol=1e-5)
+    true = data.normalize_points(clip["true_points"]).transpose(0, 1, 4, 2, 3)
+    assert np.allclose(true, item["points"][:, 1:], atol=1e-5)
+    far = (item["points"][:, 1:] - item["points"][:, :1]).mul(1.5).norm(dim=2) > data.MOVED
+    assert torch.equal(item["moving"], item["valid"][:, 1:] & (far | ~item["valid"][:, :1]))
+    assert torch.equal(item["gripper"][:, 0], torch.as_tensor(clip["observed_gripper"]))
+    truth = data.check_clip(data.truth_row(clip), ("prediction",))
+    assert all(np.array_equal(truth[key], clip["true_" + key]) for key in ("rgb", "points", "valid", "view_in_ref"))
+    says(lambda: data.read_clip(episode, 1, [0, 1]), "11 frames", "to 11")
+    says(lambda: data.read_clip(episode, 0, [0, 2]), "2 cameras", "1, 3")
+    seen = data.to_tensors({key: value for key, value in clip.items() if not key.startswith("true_")})
+    assert set(seen) == {"rgb", "valid", "gripper", "own_points"} and seen["rgb"].shape[1] == 1
+    assert all(torch.equal(seen[key], item[key][:, :1]) for key in ("rgb", "valid", "gripper"))
 
 
-def test_held_out_episodes_and_cameras_are_disjoint():
-    train, test = D.episode_split(25, seed=0)
-    assert len(test) == 5 and not set(train) & set(test) and sorted(train + test) == list(range(25))
-    assert D.episode_split(25, seed=0) == (train, test) != D.episode_split(25, seed=1)
-    assert not set(D.TRAIN_CAMERAS) & set(D.TEST_CAMERAS)
+def test_clips_depend_on_seed_and_number_alone(packed):
+    first, again, other = (data.Clips(packed, "train", SIZE, seed=seed) for seed in (3, 3, 4))
+    assert all(torch.equal(first[17][key], again[17][key]) for key in first[17])
+    assert any(not torch.equal(first[i]["rgb"], other[i]["rgb"]) for i in range(8))
+    single, seen = data.Clips(packed, "train", SIZE, seed=3, single=True), set()
+    for i in range(20):
+        item, clip = single[i], first.clip(i)
+        seen.add(t := int(item["frame_index"][0]))
+        assert item["rgb"].shape[1] == 2 and single.clip(i)["name"] == clip["name"]
+        assert torch.equal(item["points"][:, 1], data.to_tensors(clip)["points"][:, 1 + t])
+    assert len(seen) > 5
 
 
-def test_too_small_a_packing_is_refused(packed):
-    with pytest.raises(ValueError, match="packed at 128x160, smaller than the 256x320"):
-        D.Clips(packed, "train", (256, 320))
+def test_splits_depend_on_names_alone_and_need_few_open_files(packed, tmp_path):
+    for k in range(30):
+        shutil.copytree(packed / NAME, tmp_path / f"synthetic_{k:05d}", copy_function=os.link)
+    train, test = (data.Clips(tmp_path, split, SIZE) for split in ("train", "test"))
+    names = [{episode.folder.name for episode in clips.episodes} for clips in (train, test)]
+    assert train.held_out and not names[0] & names[1] and len(names[0] | names[1]) == 30
+    assert names[1] == {name for name in os.listdir(tmp_path) if data.split_of(name) == "test"} and len(names[1]) == 9
+    assert not data.Clips(packed, "test", SIZE).held_out
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 8, limit[1]))
+        assert [data.Clips(tmp_path, split, SIZE).clip(i) for split in ("train", "test") for i in range(9)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
-def test_preview_is_a_picture(packed, tmp_path):
-    D.preview(packed, tmp_path / "preview.png")
-    assert (tmp_path / "preview.png").stat().st_size > 20_000
+@pytest.mark.parametrize("saved", [lambda m: m, lambda m: m.astype(np.uint8), lambda m: m * np.uint8(255),
+                                   lambda m: m * 0.9 + 0.05, lambda m: m[:, 0]])
+def test_masks_are_taken_as_people_save_them(episode, saved):
+    clip = data.read_clip(episode, 0, [0, 1])
+    mask = clip["observed_gripper"]
+    one = {key: clip[key] for key in data.NEEDS["observed"]} | {"observed_gripper": saved(mask[:, :1])}
+    checked = data.check_clip(one, ("observed", "mask"))["observed_gripper"]
+    assert checked.dtype == bool and np.array_equal(checked, mask[:, :1])
 
 
-def test_command_packs_and_previews(tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "data.py", "--source", RECORDED, "--out", tmp_path / "d",
-                          "--size", "64x80", "--preview"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert ((tmp_path / "d" / "preview.png").exists()
-            and json.loads((tmp_path / "d" / "episode_000" / "episode.json").read_text())["task"] == 1)
+@pytest.mark.parametrize("key, change, words", [
+    ("observed_rgb", lambda x: x / 255, "uint8 0 to 255"), ("observed_rgb", lambda x: x[..., :2], "(V, H, W, 3)"),
+    ("observed_rgb", lambda x: None, "no 'observed_rgb'"), ("rgb", lambda x: x / 255, "float64 0"),
+    ("observed_depth", lambda x: x * 0.01, "m"), ("observed_depth", lambda x: x[:, :50], "H = 64"),
+    ("observed_gripper", lambda x: x[..., :50], "(V, A, H, W)"), ("points", lambda x: x * 1000, "metres"),
+    ("observed_gripper", lambda x: np.cumsum(x, 1) + x, "a mask"), ("points", lambda x: x[:, :5], "T = 10"),
+    ("intrinsics", lambda x: x * 3, "64x80"), ("intrinsics", lambda x: x.mT, "64x80"),
+    ("observed_opening", lambda x: x * 1000, "fingers"), ("true_opening", lambda x: x[1:], "F = 11"),
+    ("view_in_ref", lambda x: x * 2, "rigid"), ("observed_gripper_in_ref", lambda x: x[:1], "A = 2"),
+    ("observed_gripper_in_ref", lambda x: np.nan * x, "finite"), ("true_valid", lambda x: "yes", "shape ()"),
+])
+def test_bad_clips_are_refused_by_key(episode, key, change, words):
+    clip = data.truth_row(data.read_clip(episode, 0, [0, 1], size=SIZE))
+    clip[key] = change(clip[key])
+    clip = {key: value for key, value in clip.items() if value is not None}
+    says(lambda: data.check_clip(clip, ("observed", "prediction")), key, words)
+
+
+def test_holes_are_nan_inf_or_zero(episode):
+    clip = data.truth_row(data.read_clip(episode, 0, [0, 1]))
+    depth, points = clip["observed_depth"].copy(), clip["points"].copy()
+    depth[0, :3], points[1, 2, :2] = [[np.nan], [np.inf], [-1]], [[[np.nan] * 3], [[np.inf] * 3]]
+    clip |= dict(observed_depth=depth, points=points, valid=np.ones_like(clip["valid"]))
+    checked = data.check_clip(clip, ("observed", "prediction"))
+    assert not checked["observed_depth"][0, :3].any() and checked["observed_depth"][0, 3:].any()
+    assert not checked["valid"][1, 2, :2].any() and checked["valid"].mean() > 0.9
+    assert np.isfinite(checked["points"]).all()
+    assert not data.check_clip(clip | {"observed_depth": np.zeros((2, 128, 160), np.uint16)})["observed_depth"].any()
+
+
+class Hub:
+    """A stand-in for the two hub calls in use: three episodes, with files that nobody needs beside them."""
+
+    def __init__(self, monkeypatch):
+        self.fetched, self.error, self.fail_at, file = [], None, None, namedtuple("File", "path size")
+        session = f"{data.TASKS[1].folder}/2025-01-01/diffusion_spartan"
+        self.tree = [file(f"{session}/episode_{k}/{name}", 1000) for k in (10, 2, 1)               # not in order
+                     for name in ("raw/observations.npz", "processed/video.mp4", *(f"processed/{n}" for n in FILES))]
+        self.tree.append(file(f"{session}/episode_0/processed/observations.npz", 7))               # not complete
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.hf_hub_download)
+
+    def list_repo_tree(self, repo, path, *, recursive, repo_type):
+        assert (repo, path, recursive, repo_type) == (data.HUB_DATASET, data.TASKS[1].folder, True, "dataset")
+        if self.error:
+            raise self.error
+        return iter(self.tree)
+
+    def hf_hub_download(self, repo, filename, *, repo_type, local_dir):
+        if self.fail_at == len(self.fetched):
+            raise ConnectionError("the line went dead\nfor good")
+        target = Path(local_dir) / filename
+        if not target.exists():                                       # as the client does: nothing is fetched twice
+            self.fetched.append(filename)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PROCESSED / target.name, target)
+
+
+def test_hub_episodes_are_fetched_packed_and_deleted_one_by_one(tmp_path, monkeypatch, capsys):
+    hub, names = Hub(monkeypatch), [f"2025-01-01_episode_{k}" for k in (1, 2, 10)]
+    data.prepare(1, tmp_path, "hub", (32, 40), episodes=1, keep_raw=True)
+    kept = sorted((tmp_path / "raw").rglob("*.npz"))
+    assert len(kept) == 3 and "3 episodes, 0 packed here; 1 to download, 0.00 GB" in capsys.readouterr().out
+    hub.fail_at = 10                                                  # in the middle of the third
+    says(lambda: data.download_episodes(1, tmp_path, (32, 40)), "ConnectionError", "--source FOLDER", "hf auth login")
+    hub.fail_at = None
+    assert data.download_episodes(1, tmp_path, (32, 40)) == names[2:] and len(hub.fetched) == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "raw"])
+    assert sorted((tmp_path / "raw").rglob("*.npz")) == kept          # what --keep_raw kept stays
+    shutil.rmtree(tmp_path / names[0])
+    assert data.download_episodes(1, tmp_path, (32, 40), keep_raw=True) == names[:1] and len(hub.fetched) == 12
+    hub.error = huggingface_hub.errors.LocalEntryNotFoundError("a long story\nin many lines")      # a ValueError, too
+    says(lambda: data.download_episodes(1, tmp_path, (32, 40)), "LocalEntryNotFoundError", "check the network")
+    hub.error, hub.tree = None, []
+    says(lambda: data.download_episodes(1, tmp_path / "out", (32, 40)), "lists no whole episode")
+
+
+def test_commands(tmp_path, monkeypatch, capsys):
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+        data.main()
+    command("--source", RECORDED, "--out", tmp_path / "d", "--size", "32x40")
+    said = capsys.readouterr().out
+    assert "1 episodes of task 1" in said and "scene_3" in said
+    assert data.load_episode(tmp_path / "d" / NAME).size == (32, 40)
+    assert (tmp_path / "d" / "preview.png").stat().st_size > 20_000
+    says(lambda: command("--source", tmp_path / "nowhere", "--out", tmp_path / "e"), "no such folder")
+    says(lambda: command("--source", RECORDED, "--task", 2, "--out", tmp_path / "e"), "of task 2")
+    says(lambda: command("--episodes", -1, "--out", tmp_path / "e"), "must be at least 1")
+    for argument, words in ((["--size", "64"], "HEIGHTxWIDTH"), (["--help"], "[data/task_N]")):
+        with pytest.raises(SystemExit):
+            command(*argument)
+        said = "".join(capsys.readouterr())
+        assert words in said and "None" not in said
+    code = ("import data, runpy, sys; plt = data.pyplot(); plt.plot([1, 2]); plt.savefig('a.png'); "
+            "sys.argv = ['data.py', '--source', 'nowhere']; runpy.run_path(data.__file__, run_name='__main__')")
+    env = dict(os.environ, MPLBACKEND="module://matplotlib_inline.backend_inline", PYTHONPATH=str(ROOT))
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (tmp_path / "a.png").stat().st_size > 1000                 # a notebook's backend does not matter
+    assert run.returncode == 1 and run.stderr.startswith("data.py: ") and run.stderr.count("\n") == 1

@@ -4,13 +4,14 @@ import dataclasses
 import pytest
 import torch
 
-from model import PRESETS, CrossViewAttention, Model4D, Preset, UNet, precondition, unet_config
+from model import (PRESETS, CrossViewAttention, Model4D, Preset, UNet, choose_preset, fresh, precondition, sinusoid,
+                   unet_config)
 
-SMALL = Preset('small test', 32, 40, view_heads=2, view_head_dim=8, vae={},
+SMALL = Preset("small test", 32, 40, view_heads=2, view_head_dim=8, vae={},
                unet=unet_config((16, 32), heads=(1, 2), layers=1, latent_channels=4, context=12, groups=8,
                                 attention_levels=1))
-WITH_CLIP = dataclasses.replace(SMALL, clip={})
-SWITCHES = [dict(), dict(mv_attention='none'), dict(rgb_only=True), dict(rgb_only=True, mv_attention='rgb')]
+WITH_CLIP = dataclasses.replace(SMALL, clip={}, unet={**SMALL.unet, "temporal_on_stills": True})
+SWITCHES = [dict(), dict(mv_attention="none"), dict(rgb_only=True), dict(rgb_only=True, mv_attention="rgb")]
 
 
 @torch.no_grad()
@@ -23,206 +24,255 @@ def randomise(module, scale=0.15):
 
 def built(preset=SMALL, attention=False, **switches):
     """A model whose decoders are copies of one random U-Net; attention: with random cross-view attention as well."""
-    unet = randomise(UNet.from_config(preset.unet))
-    model = Model4D(preset, unet=unet, **switches)
+    net = Model4D(preset, unet=randomise(UNet(preset.unet)), **switches)
     if attention:
-        randomise(model.cross_view, 0.4)
-    return model.eval()
+        randomise(net.cross_view, 0.4)
+    return net.eval()
 
 
-def inputs(B=2, V=2, S=2, T=3, h=4, w=5, clip=False):
+def inputs(B=2, V=2, S=2, T=3, h=4, w=5, clip=False, C=4):
     generator = torch.Generator().manual_seed(1)
-    noisy = torch.randn(B, V, S, T, 4, h, w, generator=generator)
-    cond = torch.randn(B, V, S, 4, h, w, generator=generator)
-    sigma = torch.linspace(0.5, 20, B)
-    return noisy, sigma, cond, torch.randn(B, V, 12, generator=generator) if clip else None
+    noisy = torch.randn(B, V, S, T, C, h, w, generator=generator)
+    cond = torch.randn(B, V, S, C, h, w, generator=generator)
+    return noisy, torch.linspace(0.5, 20, B), cond, torch.randn(B, V, 12, generator=generator) if clip else None
 
+
+def moved(net, before, noisy, *rest):
+    """(V, S) bool: the streams whose output is not what it was."""
+    return (net(noisy, *rest) - before).abs().amax((0, 3, 4, 5, 6)) > 1e-5
+
+
+# --------------------------------------------------------------------------------------------------- streams and views
 
 @torch.no_grad()
-@pytest.mark.parametrize('views', [1, 2, 3])
-@pytest.mark.parametrize('switches', SWITCHES)
-def test_fresh_model_is_the_plain_unet(switches, views):
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_new_model_is_the_plain_unet(switches, views):
     """Zero-initialised attention and copied decoder: every stream is exactly what the U-Net alone computes for it."""
-    model = built(WITH_CLIP, **switches)
-    noisy, sigma, cond, embeds = inputs(V=views, S=2 - model.rgb_only, clip=True)
-    result = model(noisy, sigma, cond, embeds)
+    net = built(WITH_CLIP, **switches)
+    assert len({p.data_ptr() for p in net.parameters()}) == len(list(net.parameters()))      # decoder B is a real copy
+    noisy, sigma, cond, embeds = inputs(V=views, S=2 - net.rgb_only, clip=True)
+    result = net(noisy, sigma, cond, embeds)
     assert result.shape == noisy.shape
-    c_skip, c_out, c_in, c_noise = precondition(sigma)
+    c_skip, c_out, c_in, c_noise = (c.view(-1, 1, 1, 1, 1) for c in precondition(sigma))
     ids = torch.tensor([[6, 127, 0.02]]).repeat(len(sigma), 1)
     for v in range(views):
         for s in range(noisy.shape[2]):
             x = noisy[:, v, s]
-            sample = torch.cat([c_in[:, None, None, None, None] * x, cond[:, v, s, None].expand(x.shape)], 2)
-            F_x = model.unet(sample, c_noise, embeds[:, v, None], ids)
-            D_x = c_skip[:, None, None, None, None] * x + c_out[:, None, None, None, None] * F_x
+            sample = torch.cat([c_in * x, cond[:, v, s, None].expand(x.shape)], 2)
+            D_x = c_skip * x + c_out * net.unet(sample, c_noise.flatten(), embeds[:, v, None], ids)
             assert (result[:, v, s] - D_x).abs().max() < 1e-5 * D_x.abs().max(), (v, s)
-
-
-def test_decoders_share_no_storage():
-    model = built()
-    a = {p.data_ptr() for p in model.unet.parameters()}
-    pairs = list(zip(model.decoder_b.named_parameters(), model.decoder_b.state_dict()))
-    assert len(pairs) > 50
-    for (name, p), _ in pairs:
-        assert p.data_ptr() not in a and torch.equal(p, model.unet.state_dict()[name])
-    with torch.no_grad():
-        model.unet.conv_out.bias.add_(1)
-    assert not torch.equal(model.unet.conv_out.bias, model.decoder_b.conv_out.bias)
-    model.copy_decoder()
-    assert torch.equal(model.unet.conv_out.bias, model.decoder_b.conv_out.bias)
 
 
 @torch.no_grad()
 def test_attention_runs_one_way_between_pointmaps():
-    """The reference's pointmap moves the other views' pointmaps, and nothing else moves anything of another
-    stream."""
-    model = built(attention=True)
+    """The reference's pointmap moves the other views' pointmaps; nothing else moves anything of another stream."""
+    net = built(attention=True)
     noisy, sigma, cond, _ = inputs(V=3)
-    before = model(noisy, sigma, cond)
+    before = net(noisy, sigma, cond)
     for v in range(3):
         for s in range(2):
-            changed = noisy.clone()
+            changed, expected = noisy.clone(), torch.zeros(3, 2, dtype=torch.bool)
             changed[:, v, s] += 1
-            moved = (model(changed, sigma, cond) - before).abs().amax((0, 3, 4, 5, 6)) > 1e-5        # (V, S)
-            expected = torch.zeros(3, 2, dtype=torch.bool)
             expected[v, s] = True
             if (v, s) == (0, 1):
                 expected[:, 1] = True
-            assert torch.equal(moved, expected), (v, s)
+            assert torch.equal(moved(net, before, changed, sigma, cond), expected), (v, s)
 
 
 @torch.no_grad()
 def test_attention_of_the_rgb_ablation():
-    model = built(attention=True, rgb_only=True, mv_attention='rgb')
+    net = built(attention=True, rgb_only=True, mv_attention="rgb")
     noisy, sigma, cond, _ = inputs(V=3, S=1)
-    before = model(noisy, sigma, cond)
+    before = net(noisy, sigma, cond)
     for v, expected in [(0, [True, True, True]), (1, [False, True, False])]:
         changed = noisy.clone()
         changed[:, v] += 1
-        assert ((model(changed, sigma, cond) - before).abs().amax((0, 2, 3, 4, 5, 6)) > 1e-5).tolist() == expected
+        assert moved(net, before, changed, sigma, cond)[:, 0].tolist() == expected
 
 
 @torch.no_grad()
 def test_more_views_change_nothing_for_the_others():
-    model = built(attention=True)
+    net = built(attention=True)
     noisy, sigma, cond, _ = inputs(V=4)
-    four = model(noisy, sigma, cond)
+    four = net(noisy, sigma, cond)
     for v in (1, 2, 3):
         pair = [0, v]
-        assert torch.allclose(model(noisy[:, pair], sigma, cond[:, pair]), four[:, pair], atol=1e-4)
+        assert torch.allclose(net(noisy[:, pair], sigma, cond[:, pair]), four[:, pair], atol=1e-4)
 
 
 @torch.no_grad()
-def test_cross_view_attention_stays_within_a_frame():
+@pytest.mark.parametrize("tokens, expected", [("view", [[[1, 1], [0, 0]], [[0, 0], [1, 1]]]),
+                                              ("crossed", [[[0, 1], [0, 1]], [[1, 0], [1, 0]]])])
+def test_whose_token_a_stream_sees(tokens, expected):
+    """Its own view's; in the released weights RGB streams see view 1's and pointmaps view 0's."""
+    net = built(dataclasses.replace(WITH_CLIP, tokens=tokens), mv_attention="none")
+    noisy, sigma, cond, embeds = inputs(clip=True)
+    before = net(noisy, sigma, cond, embeds)
+    for v in range(2):
+        changed = embeds.clone()
+        changed[:, v] += 1
+        assert moved(net, before, noisy, sigma, cond, changed).int().tolist() == expected[v]
+
+
+@torch.no_grad()
+def test_cross_view_attention_stays_within_a_frame_and_knows_positions():
     layer = randomise(CrossViewAttention(16, 2, 8))
     x, reference = torch.randn(6, 16, 3, 4), torch.randn(3, 16, 3, 4)        # 2 other views, 3 frames
     before = layer(x, reference)
     reference[1] = torch.randn(16, 3, 4)
-    moved = (layer(x, reference) - before).abs().amax((1, 2, 3)) > 1e-6
-    assert moved.tolist() == [False, True, False, False, True, False]
-
-
-@torch.no_grad()
-def test_cross_view_attention_knows_positions():
-    """Without the sine positions, shuffling the reference's cells would change nothing."""
-    x, reference = torch.randn(1, 16, 3, 4), torch.randn(1, 16, 3, 4)
+    change = (layer(x, reference) - before).abs().amax((1, 2, 3)) > 1e-6
+    assert change.tolist() == [False, True, False, False, True, False]
     shuffled = reference.flatten(2)[..., torch.randperm(12)].view(reference.shape)
-    for norm in (True, False):
+    for norm in (True, False):                                               # positions come with the norms
         layer = randomise(CrossViewAttention(16, 2, 8, norm))
         assert torch.allclose(layer(x, reference), layer(x, shuffled), atol=1e-5) == (not norm)
 
 
-@torch.no_grad()
-def test_image_embedding_by_view():
-    """Each stream sees the embedding of its own view, RGB and pointmap alike."""
-    model = built(WITH_CLIP, mv_attention='none')
-    noisy, sigma, cond, embeds = inputs(clip=True)
-    before = model(noisy, sigma, cond, embeds)
-    for v in range(2):
-        changed = embeds.clone()
-        changed[:, v] += 1
-        moved = (model(noisy, sigma, cond, changed) - before).abs().amax((0, 3, 4, 5, 6)) > 1e-5
-        assert moved.tolist() == [[v == 0] * 2, [v == 1] * 2]
-
+# ------------------------------------------------------------------------------------------------------ time, stills
 
 @torch.no_grad()
 def test_frame_index():
-    model = built()
-    noisy, sigma, cond, _ = inputs()
-    assert torch.equal(model(noisy, sigma, cond), model(noisy, sigma, cond, frame_index=torch.arange(3).repeat(2, 1)))
-    one = noisy[:, :, :, :1]
-    early, late = (model(one, sigma, cond, frame_index=torch.full((2, 1), i)) for i in (0, 7))
-    assert (early - late).abs().max() > 1e-4
+    for preset in (SMALL, dataclasses.replace(SMALL, unet=WITH_CLIP.unet)):  # stills without and with layers along time
+        net = built(preset)
+        noisy, sigma, cond, _ = inputs()
+        counted = net(noisy, sigma, cond, frame_index=torch.arange(3).repeat(2, 1))
+        assert torch.equal(net(noisy, sigma, cond), counted)
+        one = noisy[:, :, :, :1]
+        early, late = (net(one, sigma, cond, frame_index=torch.full((2, 1), i)) for i in (0, 7))
+        assert (early - late).abs().max() > 1e-4
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('size', [(4, 5), (5, 7), (1, 3)])
-def test_any_latent_size(size):
-    noisy, sigma, cond, _ = inputs(h=size[0], w=size[1])
-    assert built()(noisy, sigma, cond).shape == noisy.shape
+def test_stills_skip_the_layers_along_time():
+    noisy, sigma, cond, _ = inputs(T=1)
+    for on, preset in ((False, SMALL), (True, dataclasses.replace(SMALL, unet=WITH_CLIP.unet))):
+        net = built(preset)
+        before = net(noisy, sigma, cond)
+        for name, p in net.named_parameters():
+            if "temporal" in name:
+                p.add_(0.3)
+        assert torch.equal(net(noisy, sigma, cond), before) != on
 
+
+@torch.no_grad()
+def test_a_fresh_clip_is_frames_one_by_one():
+    """So that training can begin on stills: here all but the layers along time is random, and these are fresh."""
+    net = built()
+    start = fresh(UNet(SMALL.unet)).state_dict()
+    net.unet.load_state_dict({key: value for key, value in start.items() if "temporal" in key}, strict=False)
+    net.copy_decoder()
+    noisy, sigma, cond, _ = inputs()
+    clip = net(noisy, sigma, cond)
+    for t in range(3):
+        still = net(noisy[:, :, :, t:t + 1], sigma, cond, frame_index=torch.full((2, 1), t))
+        assert torch.allclose(still, clip[:, :, :, t:t + 1], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("levels", [0, 1, 2, (1,)])
+def test_attention_at_any_level_and_any_latent_size(levels):
+    preset = dataclasses.replace(SMALL, unet=unet_config((16, 32), (2, 2), 1, 4, 12, 8, levels))
+    net = built(preset)
+    attending = range(levels) if isinstance(levels, int) else levels
+    assert [len(block.attentions) > 0 for block in net.unet.down_blocks] == [level in attending for level in (0, 1)]
+    for h, w in [(8, 10), (16, 20), (5, 7), (1, 3)]:
+        noisy, sigma, cond, _ = inputs(B=1, T=2, h=h, w=w)
+        assert net(noisy, sigma, cond).shape == noisy.shape
+
+
+# ---------------------------------------------------------------------------------------------------------- training
 
 def test_every_trainable_parameter_gets_a_gradient():
     """Or data-parallel training stops. One context token: queries and keys of the attention to it are frozen, as they
-    cannot change the output."""
+    cannot change the output. On stills the layers along time get none."""
     for switches in SWITCHES:
-        model = built(attention=True, **switches).train()
-        noisy, sigma, cond, _ = inputs(S=2 - model.rgb_only)
-        model(noisy, sigma, cond).square().mean().backward()
-        for name, p in model.named_parameters():
-            assert (p.grad is not None) == p.requires_grad, name
-            frozen = 'transformer' in name and any(part in name for part in ('attn2.to_q', 'attn2.to_k', 'norm2'))
-            assert p.requires_grad != frozen, name
+        for T in (3, 1):
+            net = built(attention=True, **switches).train()
+            noisy, sigma, cond, _ = inputs(S=2 - net.rgb_only, T=T)
+            net(noisy, sigma, cond).square().mean().backward()
+            for name, p in net.named_parameters():
+                skipped = T == 1 and ("temporal" in name or "resnets" in name and "time_mixer" in name)
+                assert (p.grad is not None) == (p.requires_grad and not skipped), name
+                frozen = "transformer" in name and any(part in name for part in ("attn2.to_q", "attn2.to_k", "norm2"))
+                assert p.requires_grad != frozen, name
 
 
 def test_checkpointing_changes_memory_only():
-    model = built(attention=True).train()
+    net = built(attention=True).train()
     noisy, sigma, cond, _ = inputs()
     gradients = []
     for on in (False, True):
-        model.checkpointing = on
-        model.zero_grad()
-        model(noisy, sigma, cond).square().mean().backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert model.decoder_b.checkpointing
+        net.checkpointing = on
+        net.zero_grad()
+        net(noisy, sigma, cond).square().mean().backward()
+        gradients.append([p.grad.clone() for p in net.parameters() if p.requires_grad])
+    assert net.checkpointing and net.decoder_b.checkpointing
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
 
 
 @torch.no_grad()
 def test_half_precision():
-    model = built(attention=True)
+    net = built(attention=True)
     noisy, sigma, cond, _ = inputs()
-    full = model(noisy, sigma, cond)
-    with torch.autocast('cpu', torch.bfloat16):
-        mixed = model(noisy, sigma, cond)
-    half = model.to(torch.bfloat16)(noisy, sigma, cond)
-    for result in (mixed, half):
+    full = net(noisy, sigma, cond)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = net(noisy, sigma, cond)
+    for result in (mixed, net.to(torch.bfloat16)(noisy, sigma, cond)):
         assert result.dtype == torch.float32
         assert (result - full).square().mean().sqrt() < 0.03 * full.square().mean().sqrt()
 
 
-def test_wrong_use():
-    with pytest.raises(ValueError, match='rgb_only'):
-        Model4D(SMALL, mv_attention='rgb')
-    with pytest.raises(ValueError, match='mv_attention'):
-        Model4D(SMALL, mv_attention='points2')
-    noisy, sigma, cond, embeds = inputs(clip=True)
-    with pytest.raises(ValueError, match='streams'):
-        built()(noisy[:, :, :1], sigma, cond[:, :, :1])
-    with pytest.raises(ValueError, match='image_embeds'):
-        built()(noisy, sigma, cond, embeds)
-    with pytest.raises(ValueError, match='image_embeds'):
-        built(WITH_CLIP)(noisy, sigma, cond)
-    with pytest.raises(ValueError, match='block_out_channels'):
-        UNet.from_config({})
+# ----------------------------------------------------------------------------------------------- noise levels, presets
+
+def test_precondition():
+    """What a perfect network answers, given the scalings, is the clean latent."""
+    sigma = torch.tensor([0.002, 0.5, 1.0, 30.0, 700.0], dtype=torch.float64)
+    clean, noise = torch.randn(2, 5, dtype=torch.float64)
+    x, total = clean + sigma * noise, (sigma ** 2 + 1).sqrt()
+    for prediction, answer in (("v", (noise - sigma * clean) / total), ("change", clean)):
+        c_skip, c_out, c_in, c_noise = precondition(sigma, prediction)
+        assert (c_skip * x + c_out * answer - clean).abs().max() < 1e-10
+        assert (c_in * total - 1).abs().max() < 1e-12 and torch.equal(c_noise, sigma.log() / 4)
+    assert {p.name: p.prediction for p in PRESETS.values()} == dict(tiny="change", small="change", svd="v")
 
 
-@pytest.mark.parametrize('name', ['tiny', 'small'])
-def test_presets_from_scratch(name):
+def test_sinusoids_are_float32_unless_asked():
+    x = torch.tensor([0.3, 7.0])
+    assert sinusoid(x.bfloat16(), 8).dtype == sinusoid(torch.arange(3), 8).dtype == torch.float32
+    exact = sinusoid(x.double(), 8)
+    assert exact.dtype == torch.float64 and 1e-12 < (sinusoid(x, 8) - exact).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, device", [("tiny", "cpu"), ("small", "meta")])
+def test_presets_from_scratch(name, device):
     preset = PRESETS[name]
-    factor = preset.vae['patch_size'] * 2 ** (len(preset.vae['block_out_channels']) - 1)
-    channels, h, w = preset.vae['latent_channels'], preset.height // factor, preset.width // factor
-    assert (factor, preset.unet['in_channels'], preset.unet['out_channels']) == (8, 2 * channels, channels)
-    model = Model4D(preset)
-    noisy = torch.randn(1, 2, 2, 1, channels, h, w)
-    assert torch.allclose(model(noisy, torch.ones(1), noisy[:, :, :, 0]), noisy / 2)     # fresh: F_x = 0
+    cell, C = preset.vae["patch_size"], preset.vae["components"]
+    noisy, sigma, cond, _ = inputs(1, T=1, h=preset.height // cell, w=preset.width // cell, C=C)
+    with torch.device(device):
+        net = Model4D(preset)
+    D_x = net(noisy.to(device), sigma.to(device), cond.to(device))
+    assert D_x.shape == noisy.shape
+    assert device == "meta" or torch.equal(D_x, cond[:, :, :, None])         # fresh: nothing changes from what was seen
+
+
+def test_auto_never_picks_svd(monkeypatch):
+    assert choose_preset()[0] == "tiny" or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GPU")
+    for gib, expected in ((8, "tiny"), (24, "small"), (140, "small")):
+        properties = type("Properties", (), dict(total_memory=gib * 2 ** 30))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+        assert choose_preset()[0] == expected
+
+
+def test_wrong_use():
+    noisy, sigma, cond, embeds = inputs(clip=True)
+    for words, use in [("rgb_only", lambda: Model4D(SMALL, mv_attention="rgb")),
+                       ("mv_attention", lambda: Model4D(SMALL, mv_attention="points2")),
+                       ("streams", lambda: built()(noisy[:, :, :1], sigma, cond[:, :, :1])),
+                       ("image_embeds", lambda: built()(noisy, sigma, cond, embeds)),
+                       ("image_embeds", lambda: built(WITH_CLIP)(noisy, sigma, cond))]:
+        with pytest.raises(ValueError, match=words):
+            use()

@@ -1,69 +1,131 @@
-"""The sampler on problems with a known answer, plain SVD end to end, poses out of pointmaps, pictures (sample.py)."""
+"""Solvers on problems with a known answer, plain SVD, poses out of pointmaps, pictures, own cameras (sample.py)."""
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-
-import data as D
-import model as M
-import sample as S
-import vae as V
+from PIL import Image
 from safetensors.torch import save_file
 
+import data
+import model
+import sample
+import track
+import vae
+
 ROOT = Path(__file__).parent.parent
+RECORDED = Path(__file__).parent / "data" / "recorded"
 
 
 def test_sigmas_span_the_range_and_end_in_zero():
-    sigmas = S.karras_sigmas(25)
-    assert (sigmas.shape == (26,) and sigmas[0] == pytest.approx(700)
-            and sigmas[-2] == pytest.approx(0.002) and sigmas[-1] == 0)
-    assert (sigmas.diff() < 0).all()
-    middle = ((700 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7                       # EDM eq. 5 at i = (N - 1) / 2
-    assert S.karras_sigmas(3)[1] == pytest.approx(middle)
+    sigmas = sample.karras_sigmas(25)
+    assert sigmas.shape == (26,) and (sigmas.diff() < 0).all()
+    assert sigmas[[0, -2, -1]].tolist() == pytest.approx([700, 0.002, 0])
+    middle = ((80 ** (1 / 7) + 0.01 ** (1 / 7)) / 2) ** 7                         # EDM eq. 5 at i = (N - 1) / 2
+    assert sample.karras_sigmas(3, 0.01, 80)[1] == pytest.approx(middle)
 
 
-def gaussian_error(steps, s=1.7):
-    """For data N(0, s^2) the ideal denoiser is x s^2 / (s^2 + sigma^2), and the exact end point of the ODE is known."""
-    noise = torch.ones(1, dtype=torch.float64)
-    sigmas = S.karras_sigmas(steps)
-    end = S.sample_euler(lambda x, sigma: x * s ** 2 / (s ** 2 + sigma ** 2), noise, sigmas)
-    start = (sigmas[0] ** 2 + 1).sqrt()
-    return (end - start * s / (s ** 2 + sigmas[0] ** 2).sqrt()).abs().item()
+def test_orders_of_the_solvers_on_a_gaussian():
+    """For data N(0, s^2) the ideal denoiser is x s^2 / (s^2 + sigma^2), and the ODE's exact end point is known: twice
+    the steps, half Euler's error, a quarter of DPM-Solver++'s."""
+    def error(solver, steps, s=1.7, sigma_min=0.002):
+        sigmas = sample.karras_sigmas(steps, sigma_min, 80.0)
+        end = solver(lambda x, sigma: x * s ** 2 / (s ** 2 + sigma ** 2), torch.ones(1, dtype=torch.float64), sigmas)
+        return (end - (sigmas[0] ** 2 + 1).sqrt() * s / (s ** 2 + sigmas[0] ** 2).sqrt()).abs().item()
+
+    for solver, order, steps in ((sample.sample_euler, 1, 200), (sample.sample_dpm, 2, 100)):
+        errors = [error(solver, steps * 2 ** k) for k in range(3)]
+        assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
+        assert np.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.1)
+    for s in (3, 1, 0.3, 0.1, 0.03):                     # latents at their natural scale have components of all sizes
+        assert error(sample.sample_dpm, 12, s, 0.01) < error(sample.sample_euler, 25, s, 0.01)
 
 
-def test_euler_error_halves_when_the_steps_double():
-    errors = [gaussian_error(steps) for steps in (200, 400, 800)]
-    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1) and errors[1] / errors[2] == pytest.approx(2, rel=0.05)
+def fake_run(net, preset="tiny"):
+    net.preset = model.PRESETS[preset]
+    return SimpleNamespace(model=net)
 
 
 class Echo(torch.nn.Module):
-    """A stand-in for the model: its clean estimate is the condition, so guidance has a known effect."""
+    """Its clean estimate is the condition, so that guidance has a known effect."""
+    calls = 0
+
     def forward(self, noisy, sigma, cond, image_embeds=None, frame_index=None):
+        self.calls += 1
         return cond[:, :, :, None].expand_as(noisy)
 
 
-def test_guidance_grows_over_the_frames_and_one_is_a_single_pass():
-    cond = torch.full((1, 2, 2, 4, 3, 5), 2.0)
-    plain = S.sample_latents(Echo(), cond, None, frames=3, steps=4)
-    assert torch.allclose(plain, torch.tensor(2.0), atol=1e-5)
-    guided = S.sample_latents(Echo(), cond, None, frames=3, steps=4, guidance=3.0)       # unconditional estimate: 0
+@pytest.mark.parametrize("solver", sample.SOLVERS)
+def test_guidance_grows_over_the_frames_and_one_is_a_single_pass(solver):
+    cond, run = torch.full((1, 2, 2, 4, 3, 5), 2.0), fake_run(Echo())
+    plain = sample.sample_latents(run, cond, None, 3, 4, solver=solver)
+    assert torch.allclose(plain, torch.tensor(2.0), atol=1e-5) and run.model.calls == 4
+    guided = sample.sample_latents(run, cond, None, 3, 4, guidance=3.0, solver=solver)       # unconditional: 0
     assert torch.allclose(guided[0, 0, 0, :, 0, 0, 0], torch.tensor([2.0, 4.0, 6.0]), atol=1e-5)
+    assert run.model.calls == 4 + 8
+    off = sample.sample_latents(run, cond, None, 3, 4, guidance=0.0, solver=solver)
+    assert torch.allclose(off[0, 0, 0, :, 0, 0, 0], torch.tensor([2.0, 1.0, 0.0]), atol=1e-5)
 
 
-def test_the_same_seed_starts_alike():
-    cond = torch.zeros(1, 2, 1, 2, 3, 3)
-    model = lambda x, sigma, cond, embeds: 0.5 * x
-    runs = [S.sample_latents(model, cond, None, 2, steps=3, generator=torch.Generator().manual_seed(seed))
-            for seed in (1, 1, 2)]
-    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+# ---- a run of its own, and plain SVD
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A run folder with random weights, and the recorded episode, packed."""
+    folder = tmp_path_factory.mktemp("untrained")
+    data.pack_folder(RECORDED, 1, folder / "data", (64, 80))
+    moments = data.Clips(folder / "data", "train", (64, 80), single=True)
+    code = dict(patch_size=8, components=96)
+    for kind in ("rgb", "pointmap"):
+        fitted = vae.LinearCode(code).fit(vae.images_of(moments[i], kind)[0] for i in range(20))
+        vae.save_vae(folder / f"vae_{kind}.safetensors", fitted, {})
+    preset = model.Preset("tiny", 64, 80, vae=code, prediction="change", sigma_min=0.01, sigma_max=80.0,
+                          view_heads=2, view_head_dim=8, unet=model.unet_config((16, 24), (2, 2), 1, 96, 16, 8, 0))
+    torch.manual_seed(0)
+    start = model.Model4D(preset).state_dict()
+    weights = {key: value + 0.05 * torch.randn(value.shape) for key, value in start.items()}
+    save_file(weights, folder / "model.safetensors")
+    data.write_json(folder / "model.json", dict(preset=vars(preset), mv_attention="points", rgb_only=False, init=None,
+                                                vae=".", task=1, step=0))
+    return folder
 
 
-# ---- plain SVD, image to video
+def test_predict_puts_the_documented_arrays_into_the_clip(untrained):
+    run = sample.load_run(untrained)
+    clip = data.Clips(untrained / "data", "test", (64, 80)).clip(0)
+    made = sample.predict(run, clip, steps=2)
+    assert made["rgb"].shape == (2, 10, 64, 80, 3) and made["points"].shape == (2, 10, 64, 80, 3)
+    assert made["valid"].shape == (2, 10, 64, 80) and made["view_in_ref"].shape == (2, 4, 4) and "rgb" not in clip
+    data.check_clip(made, ("observed", "prediction", "truth"))
+    blind = {key: value for key, value in clip.items() if not key.startswith(("true_", "observed_g", "observed_op"))}
+    again = sample.predict(run, blind, steps=2)                       # nothing of the truth is used
+    assert all(np.array_equal(made[key], again[key]) for key in ("rgb", "points", "valid", "view_in_ref"))
+    assert not np.array_equal(made["rgb"], sample.predict(run, clip, steps=2, seed=1)["rgb"])
+    with pytest.raises(ValueError, match="32x40"):
+        sample.predict(run, dict(clip, observed_rgb=clip["observed_rgb"][:, ::2, ::2]))
+
+
+def test_the_truth_through_the_code_and_back_has_its_pose(untrained, monkeypatch):
+    """A denoiser that knows the answer gives the truth back, and with it the other camera's pose."""
+    run = sample.load_run(untrained)
+    clips = data.Clips(untrained / "data", "test", (64, 80))
+    item = {key: value[None] for key, value in clips[0].items()}
+    x_0 = sample.encode_targets(run, item["rgb"][:, :, 1:], item["points"][:, :, 1:])
+    run.model.forward = lambda noisy, *_: x_0
+    made = sample.predict(run, clips.clip(0), steps=3)
+    metres, degrees = data.pose_errors(made["view_in_ref"], made["true_view_in_ref"])
+    assert metres.max() < 0.03 and degrees.max() < 3
+    error = np.linalg.norm(made["points"] - made["true_points"], axis=-1)[made["true_valid"] & made["valid"]]
+    assert np.median(error) < 0.02
+    seen = made["true_valid"] & (made["true_points"][..., 2] < 1.5)
+    assert made["valid"][seen].mean() > 0.95 > 0.5 > made["valid"][~made["true_valid"]].mean()
+
 
 @pytest.fixture(scope="module")
 def hub_folder(tmp_path_factory):
@@ -71,9 +133,9 @@ def hub_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     configs = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
     torch.manual_seed(0)
-    parts = (("unet", "unet", M.UNet, "diffusion_pytorch_model"), ("vae", "vae", V.VAE, "diffusion_pytorch_model"),
-             ("image_encoder", "clip", M.CLIPImageEncoder, "model"))
-    for name, key, kind, stem in parts:
+    stem = "diffusion_pytorch_model"
+    for name, key, kind, stem in (("unet", "unet", model.UNet, stem), ("vae", "vae", vae.VAE, stem),
+                                  ("image_encoder", "clip", model.CLIPImageEncoder, "model")):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(configs[key]))
         module = kind.from_config(configs[key])
@@ -83,43 +145,32 @@ def hub_folder(tmp_path_factory):
     return folder
 
 
-def test_plain_svd_command(hub_folder, tmp_path):
-    imageio.imwrite(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (100, 130, 3)).astype(np.uint8))
-    command = [sys.executable, ROOT / "sample.py", "--svd", hub_folder, "--rgb", tmp_path / "a.png",
-               "--frames", "3", "--steps", "2", "--chunk", "2", "--out", tmp_path / "out"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    with np.load(tmp_path / "out" / "prediction.npz") as prediction:
-        assert prediction["rgb"].shape == (1, 3, 256, 320, 3) and "points" not in prediction
-    assert (tmp_path / "out" / "rgb.gif").exists()
-
-
 def test_plain_svd_equals_the_reference_pipeline(hub_folder, monkeypatch):
-    """Guidance over frames, conditions, Euler steps, decoding in chunks: as in diffusers, where it is installed."""
+    """Guidance over frames, conditions, Euler steps, decoding: as in diffusers, where it is installed."""
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
-    from PIL import Image                                   # comes with imageio
-    monkeypatch.setattr(M, "NOISE_AUGMENTATION", 0.0)
     unet = diffusers.UNetSpatioTemporalConditionModel.from_pretrained(hub_folder, subfolder="unet").double()
-    vae = diffusers.AutoencoderKLTemporalDecoder.from_pretrained(hub_folder, subfolder="vae").double()
-    vae.register_to_config(force_upcast=False)
+    theirs = diffusers.AutoencoderKLTemporalDecoder.from_pretrained(hub_folder, subfolder="vae").double()
+    theirs.register_to_config(force_upcast=False)
     clip = transformers.CLIPVisionModelWithProjection.from_pretrained(hub_folder, subfolder="image_encoder").double()
     scheduler = diffusers.EulerDiscreteScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
         interpolation_type="linear", prediction_type="v_prediction", sigma_min=0.002, sigma_max=700.0,
         timestep_spacing="leading", timestep_type="continuous", steps_offset=1, use_karras_sigmas=True)
-    pipeline = diffusers.StableVideoDiffusionPipeline(vae, clip, unet, scheduler, transformers.CLIPImageProcessor())
+    pipeline = diffusers.StableVideoDiffusionPipeline(theirs, clip, unet, scheduler, transformers.CLIPImageProcessor())
     pipeline.set_progress_bar_config(disable=True)
     image = np.random.default_rng(1).integers(0, 256, (64, 96, 3)).astype(np.uint8)
     start = torch.randn(1, 3, 4, 16, 24, generator=torch.Generator().manual_seed(2))     # as sample_latents draws it
-    theirs = pipeline(Image.fromarray(image), height=64, width=96, num_frames=3, num_inference_steps=4, fps=7, motion_bucket_id=127,
-                      noise_aug_strength=0.0, decode_chunk_size=2, latents=start.double(), output_type="pt").frames[0]
-
-    model, vaes, clip = S.load_svd(hub_folder, dtype=torch.float64)
-    ours = torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1)[None, None]
-    rgb, _ = S.sample_views(model, vaes, clip, ours, None, frames=3, steps=4, guidance=3.0, chunk=2,
-                            generator=torch.Generator().manual_seed(2))
-    assert (theirs - (rgb[0, 0] + 1) / 2).abs().max() < 1e-4
+    frames = pipeline(Image.fromarray(image), height=64, width=96, num_frames=3, num_inference_steps=4, fps=7,
+                      motion_bucket_id=127, noise_aug_strength=0.0, decode_chunk_size=3, latents=start.double(),
+                      output_type="pt").frames[0]
+    run = sample.load_svd(hub_folder, dtype=torch.float64)
+    rgb = torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1)[None, None]
+    monkeypatch.setattr(model, "NOISE_AUGMENTATION", 0.0)
+    cond, embeds = sample.encode_conditions(run, rgb, None)
+    latents = sample.sample_latents(run, cond, embeds, 3, 4, guidance=3.0, generator=torch.Generator().manual_seed(2))
+    ours, _ = sample.decode(run, latents)
+    assert (frames - (ours[0, 0] + 1) / 2).abs().max() < 1e-4
 
 
 # ---- poses out of pointmaps
@@ -131,108 +182,157 @@ def pose(angle, translation):
     return a_in_b
 
 
-def test_rigid_fit_recovers_a_motion():
-    draw = np.random.default_rng(0)
-    points, true = draw.standard_normal((50, 3)), pose(2.0, [0.3, -0.2, 0.9])
-    assert np.allclose(S.rigid_fit(points, D.transform(points, true), np.ones(50)), true, atol=1e-10)
-    flat = points * [1, 1, 0]                                           # a plane has a mirror image that fits as well
-    assert np.linalg.det(S.rigid_fit(flat, D.transform(flat, true), np.ones(50))[:3, :3]) == pytest.approx(1)
-
-
 def test_view_pose_is_recovered_from_pointmaps_in_spite_of_motion():
     draw = np.random.default_rng(1)
     depth = 1 + 0.3 * np.sin(np.arange(80) / 9) + 0.2 * np.cos(np.arange(64) / 7)[:, None]
-    own, valid = D.point_maps(depth, np.array([[80.0, 0, 39.5], [0, 80, 31.5], [0, 0, 1]]))
+    own, valid = data.point_maps(depth, np.array([[80.0, 0, 39.5], [0, 80, 31.5], [0, 0, 1]]))
     true = pose(0.7, [0.5, 0.1, 0.2])
-    predicted = np.repeat(D.transform(own, true)[None], 10, 0) + 0.003 * draw.standard_normal((10, 64, 80, 3))
+    predicted = np.repeat(data.transform(own, true)[None], 10, 0) + 0.003 * draw.standard_normal((10, 64, 80, 3))
     predicted[:, 10:30, 10:40] += [0.2, 0.1, 0]              # an arm that has moved away from where it was observed
-    found = S.recover_view_in_ref(own, valid, predicted)
-    error = D.invert(true) @ found
-    assert np.linalg.norm(error[:3, 3]) < 0.002 and np.trace(error[:3, :3]) > 3 - 1e-4
-    plain = D.invert(true) @ S.rigid_fit(own[valid], np.median(predicted, 0)[valid], np.ones(valid.sum()))
-    assert np.linalg.norm(plain[:3, 3]) > 0.02                          # without the reweighting the arm spoils it
-    assert np.isnan(S.recover_view_in_ref(own, np.zeros_like(valid), predicted)).all()
+    metres, degrees = data.pose_errors(sample.recover_view_in_ref(own, valid, predicted), true)
+    assert metres < 0.002 and degrees < 0.5
+    plain = data.rigid_fit(own[valid], np.median(predicted, 0)[valid], np.ones(valid.sum()))
+    assert data.pose_errors(plain, true)[0] > 0.02                      # without the reweighting the arm spoils it
+    assert np.isnan(sample.recover_view_in_ref(own, np.zeros_like(valid), predicted)).all()
 
 
 # ---- pictures
 
-def fake_prediction(views=2, frames=3, height=16, width=20):
-    draw = np.random.default_rng(0)
-    intrinsics = np.repeat(np.array([[[20.0, 0, 9.5], [0, 20, 7.5], [0, 0, 1]]]), views, 0)
-    depth = draw.uniform(0.8, 1.2, (views, height, width)).astype(np.float32)
-    points = D.point_maps(depth, intrinsics)[0]
-    channels_first = torch.from_numpy(np.repeat(np.moveaxis(points, -1, 1)[:, None], frames, 1))
-    observed = draw.integers(0, 255, (views, height, width, 3)).astype(np.uint8)
-    return S.to_prediction(observed, depth, intrinsics, torch.rand(views, frames, 3, height, width) * 2 - 1,
-                           channels_first)
+@pytest.fixture(scope="module")
+def truth(untrained):
+    return data.truth_row(data.Clips(untrained / "data", "test", (64, 80)).clip(0))
 
 
-def test_prediction_has_the_documented_arrays():
-    prediction = fake_prediction()
-    assert prediction["rgb"].shape == (2, 3, 16, 20, 3) and prediction["rgb"].dtype == np.uint8
-    assert prediction["points"].shape == (2, 3, 16, 20, 3) and prediction["points"].dtype == np.float32
-    assert prediction["valid"].shape == (2, 3, 16, 20) and prediction["valid"].all()
-    assert np.allclose(prediction["view_in_ref"], np.eye(4), atol=1e-5)      # both views see their own points unmoved
+def test_results_are_written_whole_at_true_speed(truth, tmp_path):
+    sample.write_results(tmp_path, truth, "test", ply=True)
+    header, body = (tmp_path / "frame_01.ply").read_bytes().split(b"end_header\n")
+    seen = truth["valid"][:, 0]
+    assert f"element vertex {seen.sum()}".encode() in header and len(body) == 15 * seen.sum()
+    assert np.allclose(np.frombuffer(body[:12], "<f4"), truth["points"][:, 0][seen][0])
+    assert np.array_equal(data.read_npz(tmp_path / "prediction.npz")["points"], truth["points"])
+    for name in ("rgb", "depth", "cloud"):
+        gif = Image.open(tmp_path / f"{name}.gif")
+        seconds = sum((gif.seek(i), gif.info["duration"])[1] for i in range(gif.n_frames)) / 1000
+        assert seconds == pytest.approx(5, abs=0.2), name
+    assert len(list(tmp_path.glob("frame_*.ply"))) == 10 and not list(tmp_path.glob("*.partial*"))
 
 
-def test_predicted_far_plane_is_not_a_surface():
-    intrinsics = np.array([[[20.0, 0, 9.5], [0, 20, 7.5], [0, 0, 1]]])
-    depth = np.full((1, 16, 20), 1.0)
-    depth[0, :8] = 0                                                         # nothing measured: put on the far plane
-    points = D.point_maps(depth, intrinsics)[0]
-    prediction = S.to_prediction(np.zeros((1, 16, 20, 3), np.uint8), depth, intrinsics, torch.zeros(1, 1, 3, 16, 20),
-                                 torch.from_numpy(np.moveaxis(points, -1, 1)[:, None]))
-    assert not prediction["valid"][0, 0, :8].any() and prediction["valid"][0, 0, 8:].all()
-
-
-def test_results_are_written_whole(tmp_path):
-    prediction = fake_prediction()
-    S.write_results(tmp_path, prediction, "test", ply=True)
-    for name in ("sheet.png", "rgb.gif", "depth.gif", "cloud.gif", "frame_01.ply", "frame_03.ply"):
-        assert (tmp_path / name).stat().st_size > 100, name
-    with np.load(tmp_path / "prediction.npz", allow_pickle=False) as file:
-        assert np.array_equal(file["points"], prediction["points"])
-    assert not list(tmp_path.glob("*.partial*"))
-
-
-def test_ply_holds_the_points(tmp_path):
-    points, colors = (np.array([[0.1, 0.2, 0.3], [1, 2, 3]], np.float32),
-                      np.array([[1, 2, 3], [250, 251, 252]], np.uint8))
-    S.write_ply(tmp_path / "a.ply", points, colors)
-    header, body = (tmp_path / "a.ply").read_bytes().split(b"end_header\n")
-    assert b"element vertex 2" in header and len(body) == 2 * 15
-    assert (np.frombuffer(body[:12], "<f4").tolist() == pytest.approx([0.1, 0.2, 0.3])
-            and body[12:15] == bytes([1, 2, 3]))
+def test_the_sheets_headings_are_really_drawn(truth, tmp_path, monkeypatch):
+    plt, drawn = data.pyplot(), []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    sample.contact_sheet(tmp_path / "sheet.png", truth, "a title")
+    rows = drawn[0].axes
+    assert [ax.get_title() for ax in rows[:6]] == ["observed", "+0.5 s", "+1.5 s", "+2.5 s", "+4 s", "+5 s"] or \
+        [ax.get_title() for ax in rows[:2]] == ["observed", "+0.5 s"]
+    sheet = imageio.imread(tmp_path / "sheet.png")[..., :3]
+    monkeypatch.setattr(rows[1], "set_title", lambda *_, **__: None)
+    box = rows[1].title.get_window_extent()
+    height = len(sheet)
+    heading = sheet[height - int(box.y1) - 2:height - int(box.y0) + 2, int(box.x0):int(box.x1)]
+    assert heading.min() < 100                                                # there is ink where the heading stands
+    monkeypatch.undo()
+    plt.close(drawn[0])
 
 
 def test_splat_shows_the_nearer_point():
     points = np.array([[0, 0, 2.0], [0, 0, 1.0], [0, 0, -1.0]])
     colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
-    picture = S.splat(points, colors, np.array([[10.0, 0, 5], [0, 10, 4], [0, 0, 1]]), 9, 11)
+    picture = sample.splat(points, colors, np.array([[10.0, 0, 5], [0, 10, 4], [0, 0, 1]]), 9, 11)
     assert picture[4, 5].tolist() == [0, 255, 0] and picture[0, 0].tolist() == [245] * 3
 
 
-# ---- the user's own pictures
+# ---- the command, and the user's own pictures
 
-def test_own_pictures_are_read_and_wrong_ones_named(tmp_path):
-    files = {name: str(tmp_path / name)
-             for name in ("a.png", "b.png", "da.png", "db.png", "small.png", "k.npz", "k1.npz")}
-    for name in ("a.png", "b.png"):
-        imageio.imwrite(files[name], np.full((48, 60, 3), 100, np.uint8))
-    for name in ("da.png", "db.png"):
-        imageio.imwrite(files[name], np.full((48, 60), 1234, np.uint16))
-    imageio.imwrite(files["small.png"], np.full((24, 30), 1234, np.uint16))
-    np.savez(files["k.npz"], intrinsics=np.repeat(np.array([[[50.0, 0, 29.5], [0, 50, 23.5], [0, 0, 1]]]), 2, 0))
-    np.savez(files["k1.npz"], intrinsics=np.eye(3)[None])
-    rgb, depth, k = S.read_views([files["a.png"], files["b.png"]], [files["da.png"], files["db.png"]], files["k.npz"],
-                                 (24, 30))
-    assert rgb.shape == (2, 24, 30, 3) and np.allclose(depth, 1.234) and k[0, 0, 0] == 25 and k[0, 0, 2] == 14.5
-    for depths, intrinsics, says in ((["da.png"], "k.npz", "--depth 1"),
-                                     (["da.png", "small.png"], "k.npz", "small.png"),
-                                     (["da.png", "b.png"], "k.npz", "16-bit PNG"),
-                                     (["da.png", "db.png"], "k1.npz", "k1.npz"),
-                                     (["da.png", "db.png"], "a.png", "a.png"),
-                                     (["da.png", "nowhere.png"], "k.npz", "nowhere.png")):
-        with pytest.raises(ValueError, match=says):
-            S.read_views([files["a.png"], files["b.png"]], [str(tmp_path / d) for d in depths], files[intrinsics],
-                         (24, 30))
+def command(*arguments):
+    line = [sys.executable, *map(str, (ROOT / "sample.py", *arguments))]
+    result = subprocess.run(line, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr, result.stderr[-2000:]
+    return result
+
+
+def test_commands(untrained, hub_folder, tmp_path):
+    result = command("--run", untrained, "--data", untrained / "data", "--steps", "2", "--out", tmp_path / "ours")
+    assert result.returncode == 0 and "2 steps of" in result.stdout and "camera pose is off" in result.stdout
+    assert data.read_npz(tmp_path / "ours" / "prediction.npz")["points"].shape == (2, 10, 64, 80, 3)
+    imageio.imwrite(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (100, 130, 3)).astype(np.uint8))
+    result = command("--svd", hub_folder, "--rgb", tmp_path / "a.png", "--frames", 3, "--steps", 2, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    made = data.read_npz(tmp_path / "prediction.npz")
+    assert made["rgb"].shape == (1, 3, 256, 320, 3) and "points" not in made and (tmp_path / "rgb.gif").exists()
+
+
+def test_help_and_flags_that_would_do_nothing_are_refused(untrained, capsys):
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    assert "None" not in (text := capsys.readouterr().out) and "[data/task_N]" in text
+    for arguments, says in (("--svd X", "--rgb A.png"), ("--svd X --rgb a --depth b", "without depth"),
+                            ("", "say --task"), ("--task 1 --guidance -1", "at least 0"),
+                            ("--task 1 --steps 0", "at least 1"), ("--task 1 --pose p", "add --rgb"),
+                            ("--task 1 --rgb a b", "--depth and --intrinsics"),
+                            ("--run /nowhere", "model.json is missing"), ("--released a.ckpt", "--out")):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            sample.main(arguments.split())
+    with pytest.raises(ValueError, match="data/task_1"):                       # the task of the run, without --task
+        sample.main(["--run", str(untrained)])
+
+
+@pytest.fixture(scope="module")
+def own(untrained, tmp_path_factory):
+    """A recorded moment as a person keeps it: PNGs of 128 x 160, masks 0/255, npz files."""
+    folder = tmp_path_factory.mktemp("own")
+    clip = data.Clips(untrained / "data", "test", (64, 80)).clip(0)
+    large = lambda x: np.repeat(np.repeat(x, 2, 0), 2, 1)
+    for v, name in enumerate("ab"):
+        imageio.imwrite(folder / f"{name}.png", large(clip["observed_rgb"][v]))
+        millimetres = (clip["observed_depth"][v] * 1000).round().astype(np.uint16)
+        imageio.imwrite(folder / f"{name}_depth.png", large(millimetres))
+        imageio.imwrite(folder / f"{name}_mask.png", large(clip["observed_gripper"][v].any(0)).astype(np.uint8) * 255)
+    np.savez(folder / "k.npz", intrinsics=data.scale_intrinsics(clip["intrinsics"], (64, 80), (128, 160)))
+    np.savez(folder / "pose.npz", observed_gripper_in_ref=clip["observed_gripper_in_ref"][:1])
+    return folder, clip
+
+
+def test_own_pictures_become_a_clip_that_can_be_tracked(own, untrained):
+    folder, true = own
+    files = lambda kind: [str(folder / f"{name}{kind}.png") for name in "ab"]
+    clip = sample.read_views((64, 80), files(""), files("_depth"), folder / "k.npz", files("_mask"),
+                             folder / "pose.npz", [0.08])
+    assert np.abs(clip["observed_rgb"].astype(int) - true["observed_rgb"]).mean() < 12
+    assert np.allclose(clip["observed_depth"], true["observed_depth"], atol=0.001)
+    assert np.allclose(clip["intrinsics"], true["intrinsics"])
+    assert (clip["observed_gripper"][:, 0] == true["observed_gripper"].any(1)).all()
+    assert clip["observed_opening"] == [0.08]
+    out = untrained / "own"
+    result = command("--run", untrained, "--rgb", *files(""), "--depth", *files("_depth"), "--mask", *files("_mask"),
+                     "--intrinsics", folder / "k.npz", "--pose", folder / "pose.npz", "--opening", 0.08, "--steps", 2,
+                     "--out", out)
+    assert result.returncode == 0, result.stderr[-2000:]
+    made = data.read_npz(out / "prediction.npz")
+    for init in ("pose", "mask"):
+        trajectory = track.track(made, init)
+        assert trajectory["gripper_in_ref"].shape == (11, 1, 4, 4)
+    plain = sample.read_views((64, 80), files(""))                              # for SVD: nothing is measured
+    assert not plain["observed_depth"].any() and plain["intrinsics"].shape == (2, 3, 3)
+
+
+def test_wrong_pictures_are_named(own, tmp_path):
+    folder = own[0]
+    imageio.imwrite(tmp_path / "small.png", np.full((24, 30), 1234, np.uint16))
+    small, text = str(tmp_path / "small.png"), str(tmp_path / "text.png")
+    k = np.array([[1400.0, 0, 960], [0, 1400, 540], [0, 0, 1]])
+    np.savez(tmp_path / "one.npz", intrinsics=k[None])
+    np.savez(tmp_path / "wide.npz", intrinsics=np.stack([k, k]))                    # of full HD, not of these pictures
+    Path(text).write_text("not a picture")
+    rgb, depth = ([str(folder / f"{name}{kind}.png") for name in "ab"] for kind in ("", "_depth"))
+    for says, changed in (("--depth 1", dict(depth=depth[:1])), ("small.png", dict(depth=[depth[0], small])),
+                          ("16-bit millimetres", dict(depth=rgb)), ("8-bit RGB", dict(rgb=depth)),
+                          ("one.npz", dict(intrinsics=tmp_path / "one.npz")),
+                          ("a.png", dict(intrinsics=folder / "a.png")),
+                          ("64x80 picture", dict(intrinsics=tmp_path / "wide.npz")),
+                          ("has no array `intrinsics`", dict(intrinsics=folder / "pose.npz")),
+                          ("nowhere.png", dict(depth=[depth[0], "nowhere.png"])), ("text.png", dict(rgb=[text] * 2)),
+                          ("no array `observed_gripper_in_ref`", dict(pose=folder / "k.npz")),
+                          ("observed_opening", dict(opening=[8.0]))):
+        given = dict(rgb=rgb, depth=depth, intrinsics=folder / "k.npz") | changed
+        with pytest.raises(ValueError, match=re.escape(says)):
+            sample.read_views((64, 80), **given)

@@ -1,269 +1,443 @@
-"""The loss, the draws, resuming, processes, and the training script end to end with tiny numbers (train.py)."""
+"""The loss, the draws, the optimisers, resuming, stopping, processes, and the script with tiny numbers (train.py)."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-import data as D
-import model as M
-import sample as S
-import train as T
-import vae as V
+import data
+import model
+import sample
+import test_released as released
+import train
 
 ROOT = Path(__file__).parent.parent
 RECORDED = Path(__file__).parent / "data" / "recorded"
-TINY = ["--preset", "tiny", "--single", "0.5", "--single_batch", "2", "--batch", "1", "--eval_clips", "1",
-        "--warmup", "2", "--seed", "3"]
+# A smaller tiny, for subprocesses too: python SCRIPT train --steps 3 ...
+SMALLER = """
+import sys
+sys.path.insert(0, {root!r})
+import model
+def smaller(preset):
+    preset.unet = model.unet_config((32, 48), heads=(2, 2), layers=1, latent_channels=96, context=32, groups=8,
+                                    attention_levels=0)
+    preset.vae = dict(patch_size=8, components=96)
+    return preset
+"""
+SCRIPT = SMALLER + """
+smaller(model.PRESETS["tiny"])
+name = sys.argv.pop(1)
+program = __import__(name)
+program.EVAL_CLIPS = 1
+try:
+    program.main()
+except ValueError as error:
+    raise SystemExit(f"{{name}}.py: {{error}}")
+"""
+QUICK = ["--preset", "tiny", "--steps", "20", "--single", "0.5", "--single_batch", "2", "--batch", "1", "--warmup", "2",
+         "--seed", "3", "--eval_every", "10", "--save_every", "10"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def smaller_tiny():
+    scope, before = {}, model.PRESETS["tiny"]
+    exec(SMALLER.format(root=str(ROOT)), scope)
+    model.PRESETS["tiny"] = scope["smaller"](model.Preset(**vars(before)))
+    train.EVAL_CLIPS = 1
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    model.PRESETS["tiny"] = before
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
 
 
 @pytest.fixture(scope="module")
-def stage_one(tmp_path_factory):
-    """A packed recorded episode and two untrained VAEs: (data folder, VAE folder)."""
-    folder = tmp_path_factory.mktemp("stage_one")
-    D.pack_folder(RECORDED, 1, folder / "data", (64, 80))
-    torch.manual_seed(0)
-    for name in ("rgb", "pointmap"):
-        V.save_vae(folder / f"vae_{name}.safetensors", V.VAE.from_config(M.PRESETS["tiny"].vae), {})
-    return folder / "data", folder
+def episodes(tmp_path_factory):
+    """The recorded episode, packed; and once more with its two cameras doubled, for three views."""
+    folder = tmp_path_factory.mktemp("episodes")
+    data.pack_folder(RECORDED, 1, folder / "two", (64, 80))
+    four = folder / "four" / next((folder / "two").glob("*/")).name
+    shutil.copytree(folder / "two" / four.name, four)
+    for name in ("rgb", "depth", "label"):
+        np.save(four / f"{name}.npy", np.load(four / f"{name}.npy")[[0, 1, 0, 1]])
+    cameras = data.read_npz(four / "cameras.npz")
+    data.write_npz(four / "cameras.npz", {key: value[[0, 1, 0, 1]] for key, value in cameras.items()})
+    return folder
 
 
-class Rates:
-    lr, muon_lr, betas, weight_decay = 1e-3, 0.02, (0.9, 0.98), 0.01
+@pytest.fixture(scope="module")
+def whole(episodes, tmp_path_factory):
+    """20 steps in one go, across both phases, stage 1 included."""
+    out = tmp_path_factory.mktemp("whole")
+    train.main(["--data", str(episodes / "two"), "--out", str(out), *QUICK])
+    return out
 
 
-def run(stage_one, out, *arguments, processes=1, check=True, environment=None):
-    data, vae = stage_one
-    command = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                       "--nproc_per_node", str(processes)]
-    command += [ROOT / "train.py", "--data", data, "--vae", vae, "--out", out, *TINY, *arguments]
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert not check or result.returncode == 0, result.stderr[-2000:]
-    return result
+@pytest.fixture
+def run(episodes, whole, tmp_path, monkeypatch):
+    """run("--steps", "3") trains in this process into tmp_path/out, with the codes of `whole` and without pictures."""
+    def call(*flags, out="out", source="two", show=lambda *_: None):
+        monkeypatch.setattr(train, "show", show)
+        folders = "--data", episodes / source, "--vae", whole, "--out", tmp_path / out
+        train.main([*map(str, folders), *QUICK, *flags])
+        return torch.load(tmp_path / out / "resume.pt", weights_only=True)
+    return call
 
 
-def weights(out, name="resume.safetensors"):
-    return load_file(Path(out) / name)
+@pytest.fixture
+def launch(episodes, whole, tmp_path):
+    """The same as a process of its own."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=str(ROOT)))
+
+    def call(*flags, out="out", processes=1, **options):
+        command = [sys.executable, script] if processes == 1 else [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script]
+        command += ["train", "--data", episodes / "two", "--vae", whole, "--out", tmp_path / out, *QUICK, *flags]
+        return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    return call
+
+
+def same(a, b):
+    """Two training states, bit for bit."""
+    def flat(x, name=""):
+        return {name: x} if torch.is_tensor(x) else {key: value for part in x for key, value in flat(
+            x[part] if isinstance(x, dict) else part, f"{name}.{part}" if isinstance(x, dict) else name).items()}
+    for part in ("model", "average", "optimizers"):
+        x, y = (flat(dict(enumerate(s[part])) if part == "optimizers" else s[part]) for s in (a, b))
+        if x.keys() != y.keys() or not all(torch.equal(x[name], y[name]) for name in x):
+            return False
+    return True
+
+
+def wait_for(path, process, seconds=120):
+    stamp, began = path.stat().st_mtime_ns if path.exists() else None, time.time()
+    while not path.exists() or path.stat().st_mtime_ns == stamp:
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert time.time() - began < seconds
+        time.sleep(0.02)
 
 
 # ---- the loss and its draws
 
+def options(**changed):
+    return SimpleNamespace(**{**dict(weight_cap=1e9, mask_weight=1.0, moving_weight=0.0, lambda_3d=1.0), **changed})
+
+
+def masks(T=1, V=1):
+    """Of pictures of 8 x 16 pixels, two cells."""
+    return dict(gripper=torch.zeros(1, V, T + 1, 1, 8, 16, dtype=torch.bool), frame_index=torch.zeros(1, T),
+                moving=torch.zeros(1, V, T, 8, 16, dtype=torch.bool),
+                valid=torch.ones(1, V, T + 1, 8, 16, dtype=torch.bool))
+
+
 def test_loss_by_hand():
-    D_x, x_0 = torch.zeros(1, 1, 2, 1, 4, 1, 2), torch.zeros(1, 1, 2, 1, 4, 1, 2)
-    D_x[0, 0, 0] = 1.0                                              # RGB: error 1 in both cells
-    D_x[0, 0, 1] = 2.0                                              # pointmap: error 4 in both cells
-    gripper = torch.tensor([[[[[True, False]]]]])                   # (B, V, T, h, w)
-    valid = torch.tensor([[[[[1.0, 0.0]]]]])                        # the second cell has no depth
-    loss, parts = T.diffusion_loss(D_x, x_0, torch.tensor([2.0]), gripper, valid, mask_weight=1.0, lambda_3d=3.0)
-    assert parts[0, 0].tolist() == [(1 * 2 + 1) / 2, (4 * 2 + 0) / 2]
-    assert loss.item() == pytest.approx((4 + 1) / 4 * (1.5 + 3.0 * 4.0))
-
-
-def test_invalid_pixels_have_no_gradient():
-    D_x = torch.randn(1, 2, 2, 1, 4, 2, 2, requires_grad=True)
-    valid = torch.ones(1, 2, 1, 2, 2)
-    valid[..., 0, 0] = 0
-    loss, _ = T.diffusion_loss(D_x, torch.zeros_like(D_x), torch.ones(1),
-                               torch.zeros(1, 2, 1, 2, 2, dtype=torch.bool), valid, 1.0, 1.0)
-    loss.sum().backward()
-    assert (D_x.grad[:, :, 1, ..., 0, 0] == 0).all() and (D_x.grad[:, :, 0, ..., 0, 0] != 0).all()
-
-
-def test_cell_masks():
-    mask = torch.zeros(1, 1, 1, 64, 80, dtype=torch.bool)
-    mask[..., 20, 41] = True                                        # cell (2, 5)
-    cells = T.cell_mask(mask, 8)
-    assert (cells.shape == (1, 1, 1, 8, 10)
-            and cells[0, 0, 0].nonzero().tolist() == [[r, c] for r in (1, 2, 3) for c in (4, 5, 6)])
-    assert T.cell_valid(mask, 8)[0, 0, 0, 2, 5] == 1 / 64
+    x_0 = torch.zeros(1, 1, 2, 1, 4, 1, 2)
+    D_x = torch.stack([torch.ones(1, 1, 1, 4, 1, 2), torch.full((1, 1, 1, 4, 1, 2), 2.0)], 2)     # errors 1 and 4
+    item = masks()
+    item["valid"][:, :, 1, :, 8:] = False                           # no depth in the second cell
+    item["moving"][..., 3, 9] = True                                # something moves in the second cell
+    loss = lambda sigma, **changed: train.training_loss(lambda *_: D_x, x_0, None, None, item, torch.zeros_like(x_0),
+                                                        torch.tensor([sigma]), options(**changed)).item()
+    assert loss(2.0, lambda_3d=3.0) == pytest.approx(5 / 4 * (1 + 3 * 4 / 2))
+    assert loss(2.0, moving_weight=2.0) == pytest.approx(5 / 4 * ((1 + 3) / 2 + 4 / 2))
+    assert loss(0.1) == pytest.approx(101 * 3) and loss(0.1, weight_cap=25) == pytest.approx(25 * 3)
+    item["gripper"][..., 1, :, 0, 0] = True                         # both cells: it is in one, and beside the other
+    assert loss(2.0) == pytest.approx(5 / 4 * 2 * 3)
+    item["gripper"][..., 1, :, :, :] = False
+    item["gripper"][..., 0, :, 0, 0] = True                         # the observed frame has no loss
+    assert loss(2.0) == pytest.approx(5 / 4 * 3)
 
 
 def test_draws_depend_on_seed_and_sample_alone():
-    draw = lambda seed, i: T.draw_noise(seed, i, (2, 2, 1, 3, 4, 5), 1.5, 1.8, 0.1)
-    assert torch.equal(draw(1, 7)[0], draw(1, 7)[0]) and draw(1, 7)[1:] == draw(1, 7)[1:]
-    assert not torch.equal(draw(1, 7)[0], draw(1, 8)[0]) and draw(1, 7)[1] != draw(2, 7)[1]
-    many = [T.draw_noise(0, i, (1,), 1.5, 1.8, 0.1) for i in range(4000)]
-    ln_sigma = np.log([x[1] for x in many])
+    draws = lambda seed, P_std=1.8: train.Samples([dict(frame_index=[0, 1])] * 4000, (2, 2, 3, 1, 1),
+                                                  SimpleNamespace(seed=seed, P_mean=1.5, P_std=P_std, dropout=0.1))
+    a, b = draws(1)[7], draws(1)[7]
+    assert torch.equal(a["noise"], b["noise"]) and a["sigma"] == b["sigma"] and a["noise"].shape == (2, 2, 2, 3, 1, 1)
+    assert a["sigma"] not in (draws(1)[8]["sigma"], draws(2)[7]["sigma"])
+    many = [draws(0)[i] for i in range(4000)]
+    ln_sigma = np.log([x["sigma"] for x in many])
     assert abs(ln_sigma.mean() - 1.5) < 0.1 and abs(ln_sigma.std() - 1.8) < 0.1
-    assert abs(np.mean([not x[2] for x in many]) - 0.1) < 0.02 and abs(np.mean([not x[3] for x in many]) - 0.1) < 0.02
+    assert np.allclose(np.mean([x["keep"].numpy() for x in many], 0), 0.9, atol=0.02)
 
 
-def test_two_processes_share_out_the_samples_of_one():
-    class args:
-        steps, single, single_batch, batch = 4, 0.5, 3, 2
-    args.accumulate = 2
-    alone = [list(b) for b in T.index_batches(args, 0, 1, 0, 4)]
-    args.accumulate = 1
-    two = [[list(b) for b in T.index_batches(args, rank, 2, 0, 4)] for rank in (0, 1)]
-    assert alone == [b for pair in zip(*two) for b in pair]
-    flat = [i for b in alone for i in b]
-    assert len(flat) == len(set(flat))
-    args.accumulate = 2
-    assert [list(b) for b in T.index_batches(args, 0, 1, 3, 4)] == alone[6:]
+# ---- optimisers
 
-
-def test_one_batch_overfits(stage_one):
-    data, folder = stage_one
+def test_orthogonal_has_singular_values_near_one():
     torch.manual_seed(0)
-    preset = M.PRESETS["tiny"]
-    model = M.Model4D(preset)
-    vaes, clip = S.load_frozen(model, folder, "scratch")
-    item = torch.utils.data.default_collate([D.Clips(data, "train", (64, 80), single=True)[i] for i in range(2)])
-    with torch.no_grad():
-        x_0 = S.encode_targets(model, vaes, item["rgb"][:, :, 1:], item["points"][:, :, 1:])
-        cond, _ = S.encode_conditions(model, vaes, clip, item["rgb"][:, :, 0], item["own_points"])
-    x_0 = (x_0 - x_0.mean()) / x_0.std()
-    sigma = torch.full((2,), 20.0)
-    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
-    optimizers = T.optimizers_of(model, Rates)
-    still = torch.zeros(x_0.shape[0], 2, 1, *x_0.shape[-2:], dtype=torch.bool)
-    losses = []
+    for shape in ((3, 20, 50), (2, 50, 20)):
+        made = train.orthogonal(matrices := torch.randn(shape))
+        values = torch.linalg.svdvals(made)
+        assert 0.5 < values.min() and values.max() < 1.3
+        u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+        assert (made * (u @ vt)).sum() / (made.norm() * (u @ vt).norm()) > 0.97
+
+
+def test_rounding_is_right_in_the_mean_and_low_memory_follows_adamw():
+    """With steps far below bf16's resolution, which rounding to the nearest would lose."""
+    torch.manual_seed(0)
+    target = torch.randn(2000)
+    full, half = torch.nn.Parameter(torch.ones(2000)), torch.nn.Parameter(torch.ones(2000, dtype=torch.bfloat16))
+    settings = dict(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    adamw, low = torch.optim.AdamW([full], **settings), train.LowMemoryAdamW([half], **settings, seed=0)
+    third = torch.full((100000,), 1 / 3)
+    low.begin(0)
+    assert abs(low.rounded(third).mean() - 1 / 3) < 1e-5 < abs(third.bfloat16().float().mean() - 1 / 3)
+    for step in range(300):
+        adamw.zero_grad()
+        (full - target).square().sum().backward()
+        torch.nn.utils.clip_grad_norm_([full], train.CLIP_GRAD)
+        adamw.step()
+        low.begin(step)
+        (half.float() - target).square().sum().backward()
+        assert half.grad is None
+    losses = [(p.detach().float() - target).square().mean().item() for p in (full, half)]
+    assert losses[0] < 1.6 < 1.9 < (1 - target).square().mean() and losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert {value.dtype for value in low.state[half].values()} == {torch.bfloat16}
+
+
+def test_one_batch_overfits(episodes, whole):
+    run = sample.load_run(whole)
+    torch.manual_seed(0)
+    net = model.Model4D(model.PRESETS["tiny"])
+    args = SimpleNamespace(seed=0, P_mean=3.0, P_std=0.0, dropout=0.0, lr=1e-3, muon_lr=0.02, beta2=0.98,
+                           low_memory=False)
+    clips = data.Clips(episodes / "two", "train", (64, 80), single=True)
+    item = torch.utils.data.default_collate([train.Samples(clips, (2, 2, 96, 8, 10), args)[i] for i in range(2)])
+    x_0 = sample.encode_targets(run, item["rgb"][:, :, 1:], item["points"][:, :, 1:])
+    cond, _ = sample.encode_conditions(run, item["rgb"][:, :, 0], item["own_points"])
+    optimizers, losses = train.optimizers_of(net, args), []
     for _ in range(60):
-        D_x = model(x_0 + sigma[0] * noise, sigma, cond, None, item["frame_index"])
-        loss = T.diffusion_loss(D_x, x_0, sigma, still, torch.ones(still.shape), 1.0, 1.0)[0].mean()
+        loss = train.training_loss(net, x_0, cond, None, item, item["noise"], item["sigma"], options()).mean()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
+    assert losses[-1] < 0.25 * losses[0]
 
 
 # ---- the script
 
-@pytest.fixture(scope="module")
-def whole_run(stage_one, tmp_path_factory):
-    """20 steps in one go, across both phases."""
-    out = tmp_path_factory.mktemp("whole")
-    run(stage_one, out, "--steps", "20", "--eval_every", "10", "--save_every", "10")
-    return out
+def test_a_run_leaves_weights_log_and_pictures(whole):
+    for name in ("model.safetensors", "model.json", "resume.pt", "sheet_000010.png", "sheet_000020.png"):
+        assert (whole / name).stat().st_size > 0, name
+    assert not list(whole.glob("*.partial"))
+    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert {"source", "torch", "hardware", "args"} <= set(lines[0])
+    last = next(line for line in lines if line.get("step") == 20 and "loss" in line)
+    assert last["loss"] == pytest.approx(np.mean([last["loss"]])) and any("above_10" in key for key in last)
+    assert any("abs_rel-m" in line for line in lines)
 
 
-def test_a_run_leaves_weights_log_and_pictures(whole_run):
-    for name in ("model.safetensors", "model.json", "resume.safetensors", "loss.png",
-                 "sheet_000010.png", "sheet_000020.png"):
-        assert (whole_run / name).stat().st_size > 0, name
-    lines = [json.loads(line) for line in (whole_run / "log.jsonl").read_text().splitlines()]
-    assert {"torch", "device", "args"} <= set(lines[0])
-    assert (any(line.get("step") == 20 and "loss" in line for line in lines)
-            and any("abs_rel_m" in line for line in lines))
+def test_stopped_while_evaluating_and_gone_on_with_it_is_the_same_to_the_bit(run, whole, capsys):
+    state = run(show=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert state["step"] == 11 and "stopped at step 11" in capsys.readouterr().out
+    once, twice = torch.load(whole / "resume.pt", weights_only=True), run()
+    assert twice["step"] == 20 and same(once, twice) and "changed" not in capsys.readouterr().out
 
 
-def test_ten_and_ten_steps_are_twenty_bit_for_bit(stage_one, whole_run, tmp_path):
-    options = ["--steps", "20", "--eval_every", "10", "--save_every", "10"]
-    run(stage_one, tmp_path, *options, "--stop_after", "10")
-    assert "changed settings" not in run(stage_one, tmp_path, *options).stdout
-    once, twice = weights(whole_run), weights(tmp_path)
-    assert once.keys() == twice.keys() and all(torch.equal(once[key], twice[key]) for key in once)
-    steps = [json.loads(line).get("step") for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert steps.count(20) == steps.count(10) == 2                  # a training line and an evaluation each, none twice
+def test_a_resumed_run_keeps_its_settings_and_tells_what_was_changed(run, capsys):
+    run("--steps", "2", "--lr", "1e-3", "--P_mean", "2")
+    state = run("--steps", "4")
+    assert state["args"]["P_mean"] == 2 and state["args"]["lr"] == 1e-3 and state["step"] == 4
+    assert "changed settings: steps 2 -> 4\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="rgb_only False: use another --out"):
+        run("--rgb_only")
+    model.PRESETS["tiny"].view_heads, before = 2, model.PRESETS["tiny"].view_heads      # a later version of the preset
+    try:
+        assert run("--steps", "5")["info"]["preset"]["view_heads"] == before
+    finally:
+        model.PRESETS["tiny"].view_heads = before
 
 
-def test_changed_settings_of_a_resumed_run_are_told(stage_one, tmp_path):
-    run(stage_one, tmp_path, "--steps", "2")
-    assert ("changed settings: steps 2 -> 3, lr 0.002 -> 0.001"
-            in run(stage_one, tmp_path, "--steps", "3", "--lr", "0.001").stdout)
+def test_minutes_become_steps_and_stay(run, monkeypatch):
+    given = [flag for flag in QUICK if flag not in ("--steps", "20")]
+    monkeypatch.setattr(sys.modules[__name__], "QUICK", given)
+    state = run("--minutes", "0.05")
+    steps = state["args"]["steps"]
+    assert state["step"] == steps >= 2
+    again = run("--minutes", "0.05")
+    assert again["args"]["steps"] == steps
+    monkeypatch.setattr(sys.modules[__name__], "QUICK", QUICK + ["--steps", str(steps)])
+    assert same(state, run(out="steps"))                              # timing left nothing behind
 
 
-def test_two_processes_equal_accumulation(stage_one, tmp_path):
-    options = ["--steps", "4", "--eval_every", "100"]
-    run(stage_one, tmp_path / "one", *options, "--accumulate", "2")
-    run(stage_one, tmp_path / "two", *options, "--accumulate", "1", processes=2)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    worst = max((one[key] - two[key]).abs().max().item() for key in one if key.startswith("model."))
-    assert worst < 1e-4
-    moved = max((one[key] - value).abs().max().item()
-                for key, value in weights(tmp_path / "one").items() if "exp_avg" in key)
-    assert moved == 0
+def test_without_an_average_the_weights_are_written_once(run, tmp_path):
+    flags = ["--ema", "0", "--save_every", "2", "--eval_every", "100", "--steps", "4"]
+    before = run(*flags, "--single", "0")
+    assert before["model"] is None
+    weights = tmp_path / "out" / "model.safetensors"
+    newer = weights.read_bytes()
+    run(*flags, "--steps", "6", "--single", "0")
+    os.replace(weights, tmp_path / "out" / "model.safetensors.partial")      # as a kill between the renames leaves it
+    weights.write_bytes(newer)
+    state, whole = train.read_state(tmp_path / "out"), train.weights_of(tmp_path / "out", 6)
+    assert state["step"] == 6 and whole.suffix == ".partial"
+    assert all(torch.equal(state["model"][name], value) for name, value in load_file(whole).items())
+    run(*flags, "--steps", "6", "--single", "0")
+    assert train.weights_of(tmp_path / "out", 6) == weights
+    weights.write_bytes(newer)
+    with pytest.raises(ValueError, match="or of another step"):
+        train.read_state(tmp_path / "out")
 
 
-def test_killed_at_any_moment_it_leaves_something_to_go_on_from(stage_one, tmp_path):
-    data, vae = stage_one
-    command = [sys.executable, ROOT / "train.py", "--data", data, "--vae", vae, "--out", tmp_path, *TINY,
-               "--steps", "200", "--save_every", "1", "--eval_every", "1000"]
-    last = 0
-    for wait in (0.3, 0.7, 1.1):                                    # seconds after the first save of each attempt
-        process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        file, before = tmp_path / "resume.safetensors", time.time()
-        stamp = file.stat().st_mtime_ns if file.exists() else None
-        while ((not file.exists() or file.stat().st_mtime_ns == stamp)
-               and process.poll() is None and time.time() - before < 60):
-            time.sleep(0.02)
+def test_ablations_low_memory_three_views_and_bf16_train_and_sample(run, tmp_path):
+    short, show = ["--steps", "2", "--eval_every", "2"], train.show
+    for name, flags in dict(none="--mv_attention none", rgb="--rgb_only --mv_attention rgb", plain="--rgb_only",
+                            low="--low_memory", bf16="--precision bf16", fp32="--precision fp32").items():
+        run(*short, *flags.split(), out=name, show=show)
+        loaded = sample.load_run(tmp_path / name)
+        assert ("pointmap" in loaded.vaes) == ("--rgb_only" not in flags)
+        assert (tmp_path / name / "sheet_000002.png").exists()
+    assert {x.dtype for x in load_file(tmp_path / "low" / "model.safetensors").values()} == {torch.bfloat16}
+    bf16, fp32 = (load_file(tmp_path / name / "model.safetensors") for name in ("bf16", "fp32"))
+    assert all(x.dtype == torch.float32 for x in bf16.values()) and any((bf16[key] != fp32[key]).any() for key in fp32)
+    run(*short, "--views", "3", out="three", source="four")
+    with pytest.raises(ValueError, match="2 cameras"):
+        run(*short, "--views", "3", out="too_many")
+
+
+def test_a_run_starts_from_another(run, whole, tmp_path):
+    """Its weights, codes and switches; and resumes without looking there again for weights."""
+    still = ["--init", str(whole), "--steps", "1", "--lr", "1e-12", "--muon_lr", "0", "--ema", "0", "--vae", str(whole)]
+    run(*still)
+    started, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", whole))
+    assert all((started[name] - value).abs().max() < 1e-9 for name, value in before.items())
+    assert run(*still, "--steps", "2")["step"] == 2
+    with pytest.raises(ValueError, match="rgb_only False: use another --init"):
+        run(*still, "--rgb_only", out="other")
+    guided = sample.load_run(tmp_path / "out")
+    assert guided.info["dropout"] == 0
+    with pytest.raises(ValueError, match="--guidance must be 1"):
+        sample.predict(guided, {}, guidance=2.0)
+
+
+def test_a_run_starts_from_released_weights(tmp_path, monkeypatch):
+    """The preset, both VAEs, and CLIP from where the folder says."""
+    keys = released.FIXTURE["keys"]
+    state = {key: released.made(key.replace("diffusion_model_2", "diffusion_model"), keys[key]) for key in keys}
+    torch.save(dict(state_dict=state), tmp_path / "4dgen.ckpt")
+    encoder = tmp_path / "hub" / "image_encoder"
+    encoder.mkdir(parents=True)
+    data.write_json(encoder / "config.json", released.SMALL.clip)
+    save_file(model.CLIPImageEncoder(released.SMALL.clip).state_dict(), encoder / "model.safetensors")
+    sample.convert_released(tmp_path / "4dgen.ckpt", tmp_path / "run", released.SMALL, str(tmp_path / "hub"))
+    data.pack_folder(RECORDED, 1, tmp_path / "data", (released.SMALL.height, released.SMALL.width))
+    monkeypatch.setattr(train, "show", lambda *_: None)
+    train.main(["--init", str(tmp_path / "run"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
+                "--steps", "1", "--single", "0", "--batch", "1", "--lr", "1e-9", "--muon_lr", "0", "--ema", "0"])
+    started, before = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "run"))
+    assert all((started[name] - value).abs().max() < 1e-6 for name, value in before.items())
+    assert sample.load_run(tmp_path / "out").model.preset.tokens == "crossed"
+
+
+def test_steps_that_go_wrong_stop_before_the_weights_are_touched(run, monkeypatch, tmp_path):
+    good = run("--steps", "4", "--save_every", "2", "--eval_every", "100")
+    with pytest.raises(ValueError, match="lr 1e.20"):
+        run("--steps", "6", "--lr", "1e20")
+    loss = train.training_loss
+    broken = lambda net, *args: loss(net, *args) + 0 * (0 * next(net.parameters()).sum()).sqrt()   # gradient: 0 * inf
+    monkeypatch.setattr(train, "training_loss", broken)
+    with pytest.raises(ValueError, match="not finite at step 4"):
+        run("--steps", "6", "--save_every", "1")
+    monkeypatch.setattr(train, "training_loss", loss)
+    assert same(good, torch.load(tmp_path / "out" / "resume.pt", weights_only=True))
+    monkeypatch.setattr(train, "EXPLODED", 1e-3)
+    with pytest.raises(ValueError, match="a weight has grown"):
+        run("--steps", "6", "--save_every", "1")
+    assert same(good, torch.load(tmp_path / "out" / "resume.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--steps", "0"], "--steps must be at least 1"), (["--single", "2"], "--single is a share"),
+    (["--init", "DIR"], "DIR is no run folder"), (["--minutes", "3"], "one of them"), (["--views", "1"], "at least 2"),
+    (["--mv_attention", "rgb"], "rgb_only"), (["--low_memory", "--ema", "0.9"], "--ema 0")])
+def test_wrong_flags_are_named(run, flags, says):
+    with pytest.raises(ValueError, match=says):
+        run(*flags)
+
+
+def test_help_and_dry_run(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert "None" not in (text := capsys.readouterr().out) and "[data/task_N]" in text
+    train.main(["--preset", "svd", "--out", str(tmp_path / "out"), "--dry_run"])
+    text = capsys.readouterr().out
+    assert "gradients 8.66" in text and "moments 17.32" in text and "frozen 1.54" in text
+    assert not list(tmp_path.iterdir())
+    train.main(["--preset", "svd", "--out", str(tmp_path / "out"), "--dry_run", "--low_memory"])
+    assert "weights 4.47" in (text := capsys.readouterr().out) and "moments 8.66" in text
+
+
+def test_a_damaged_checkpoint_is_named(run, whole, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "resume.pt").write_bytes((whole / "resume.pt").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="resume.pt is damaged"):
+        run()
+
+
+# ---- processes
+
+def test_two_processes_equal_accumulation(run, launch, tmp_path):
+    flags = ["--steps", "4", "--eval_every", "100", "--precision", "fp32"]
+    process = launch(*flags, "--accumulate", "1", out="two", processes=2)
+    one = run(*flags, "--accumulate", "2", out="one")
+    assert process.wait(120) == 0, process.stderr.read()[-2000:]
+    two = torch.load(tmp_path / "two" / "resume.pt", weights_only=True)
+    start = model.Model4D(model.PRESETS["tiny"]).state_dict()
+    for name, value in one["model"].items():
+        assert (value - two["model"][name]).abs().max() < 2e-3, name
+    assert max((value - start[name]).abs().max() for name, value in one["model"].items()) > 0.05
+    exact = [(a["exp_avg"] - b["exp_avg"]).abs().max() / (a["exp_avg"].abs().max() + 1e-6)
+             for a, b in zip(one["optimizers"][0].values(), two["optimizers"][0].values())]
+    assert max(exact) < 0.1
+
+
+def test_killed_at_any_moment_it_leaves_something_to_go_on_from(launch, tmp_path):
+    flags, last = ["--steps", "200", "--save_every", "1", "--eval_every", "1000"], 0
+    file = tmp_path / "out" / "resume.pt"
+    for wait in (0.0, 0.31):                                          # seconds after the first save of each attempt
+        process = launch(*flags)
+        wait_for(file, process)
+        second = launch(*flags, "--seed", "9")
         time.sleep(wait)
+        if not last:
+            assert second.wait(60) and "another process is training" in second.stderr.read()
+        else:
+            second.kill()
         process.send_signal(signal.SIGKILL)
         process.wait()
-        model = M.Model4D(M.PRESETS["tiny"])
-        average = {name: p.detach().clone() for name, p in model.named_parameters()}
-        step, _ = T.resume(file, model, average, T.optimizers_of(model, Rates))
-        assert step > last
-        last = step
-        S.load_run(tmp_path)
+        state = train.read_state(tmp_path / "out")
+        assert state["step"] > last
+        assert state["model"].keys() == load_file(tmp_path / "out" / "model.safetensors").keys()
+        last = state["step"]
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(stage_one, tmp_path):
-    data, vae = stage_one
-    command = [sys.executable, "-u", ROOT / "train.py", "--data", data, "--vae", vae, "--out", tmp_path, *TINY,
-               "--steps", "400"]
-    process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "step 0 to 400" not in process.stdout.readline():
-        assert process.poll() is None
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert "the same command goes on from there" in output and "Traceback" not in errors
-    assert 0 < json.loads((tmp_path / "model.json").read_text())["step"] < 400
-
-
-def test_sample_command_runs_on_what_training_left(stage_one, whole_run, tmp_path):
-    data, _ = stage_one
-    result = subprocess.run([sys.executable, ROOT / "sample.py", "--run", whole_run, "--data", data, "--steps", "2",
-                             "--out", tmp_path / "s", "--ply"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "recovered camera pose is off by" in result.stdout
-    with np.load(tmp_path / "s" / "prediction.npz", allow_pickle=False) as prediction:
-        assert prediction["rgb"].shape == (2, 10, 64, 80, 3) and prediction["points"].shape == (2, 10, 64, 80, 3)
-        assert prediction["true_gripper_in_ref"].shape == (11, 2, 4, 4) and prediction["view_in_ref"].shape == (2, 4, 4)
-
-
-@pytest.mark.parametrize("switches", [["--mv_attention", "none"], ["--rgb_only"],
-                                      ["--rgb_only", "--mv_attention", "rgb"]])
-def test_ablations_train_and_sample(stage_one, tmp_path, switches):
-    run(stage_one, tmp_path, "--steps", "2", "--eval_every", "2", *switches)
-    model, vaes, _ = S.load_run(tmp_path)
-    assert ("pointmap" in vaes) == ("--rgb_only" not in switches) and (tmp_path / "sheet_000002.png").exists()
-
-
-def test_three_views_train(stage_one, tmp_path):
-    result = run(stage_one, tmp_path, "--views", "3", "--steps", "2", check=False)
-    # the episode has only two
-    assert result.returncode and "2 cameras" in result.stderr and "Traceback" not in result.stderr
-
-
-def test_dry_run_prints_and_writes_nothing(stage_one, tmp_path):
-    result = run(stage_one, tmp_path / "out", "--dry_run", "--steps", "7")
-    assert "parameters:" in result.stdout and "memory:" in result.stdout and "steps=7" in result.stdout
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("arguments, says", [
-    (["--steps", "0"], "--steps must be at least 1"), (["--single", "2"], "--single is a share"),
-    (["--init", "hub"], "from scratch"), (["--preset", "svd", "--init", "scratch"], "published weights"),
-    (["--views", "1"], "--views must be at least 2"), (["--mv_attention", "rgb"], "rgb_only"),
-])
-def test_wrong_flags_are_named(stage_one, tmp_path, arguments, says):
-    result = run(stage_one, tmp_path, *arguments, check=False)
-    assert result.returncode and says in result.stderr and "Traceback" not in result.stderr
-
-
-def test_a_damaged_checkpoint_is_named(stage_one, whole_run, tmp_path):
-    (tmp_path / "resume.safetensors").write_bytes((whole_run / "resume.safetensors").read_bytes()[:5000])
-    result = run(stage_one, tmp_path, "--steps", "20", check=False)
-    assert result.returncode and "can't be resumed" in result.stderr and "Traceback" not in result.stderr
+@pytest.mark.parametrize("how, processes, workers", [("group", 1, 2), ("ctrl-c", 1, 0), ("one", 2, 0)])
+def test_a_stopped_run_saves_and_says_so(launch, tmp_path, how, processes, workers):
+    """A signal to the whole group, loading processes included (schedulers, `timeout`); Ctrl-C; to one of two ranks."""
+    file = tmp_path / "out" / "resume.pt"
+    process = launch("--steps", "5000", "--save_every", "3", "--eval_every", "9999", "--workers", workers,
+                     processes=processes, start_new_session=True)
+    wait_for(file, process)
+    if how == "group":
+        os.killpg(process.pid, signal.SIGTERM)
+    elif how == "ctrl-c":
+        process.send_signal(signal.SIGINT)
+    else:
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(ranks[-1]), signal.SIGTERM)
+    out, err = process.communicate(timeout=90)
+    step = torch.load(file, weights_only=True)["step"]
+    assert process.returncode == 0 and f"stopped at step {step};" in out and "Traceback" not in err, err[-2000:]

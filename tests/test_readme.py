@@ -1,0 +1,44 @@
+"""The README against the tree: its commands have the flags they use, its links lead somewhere, its counts are right."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"(?:python|train\.py|accumulate \d|4)? ?\b((?:data|vae|train|sample|track|evaluate)\.py (?:--\S.*|-\S.*))", README)
+
+
+@pytest.mark.parametrize("script", ["data.py", "vae.py", "train.py", "sample.py", "track.py", "evaluate.py"])
+def test_flags_of_the_readme_exist(script):
+    used = {flag for line in COMMANDS if line.startswith(script) for flag in re.findall(r"--\w+", line.split("#")[0])}
+    if script != "vae.py":                                   # train.py runs it
+        assert used, f"the README has no command of {script}"
+    printed = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    assert "default: None" not in printed.stdout
+    missing = used - set(re.findall(r"--\w+", printed.stdout))
+    assert not missing, f"{script} has no {missing}"
+
+
+def test_links_and_pictures_are_there():
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(targets) > 2
+    for target in targets:
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_functions_of_the_diagram_exist():
+    diagram = README.split("```mermaid")[1].split("```")[0]
+    for script, name in re.findall(r"\b(data|model|sample|train|track|evaluate)\.(\w+)", diagram):
+        assert re.search(rf"^(?:def|class) {name}\b", (ROOT / f"{script}.py").read_text(), re.M), f"{script}.{name}"
+
+
+def test_lines_of_the_file_table():
+    rows = re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) \|", README, re.M)
+    assert len(rows) == 7
+    for name, lines in rows:
+        assert int(lines.replace(",", "")) == len((ROOT / name).read_text().splitlines()), name
+
