@@ -4,7 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import data
+import evaluate
+import sample
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,3 +47,18 @@ def test_lines_of_the_file_table():
     for name, lines in rows:
         assert int(lines.replace(",", "")) == len((ROOT / name).read_text().splitlines()), name
 
+
+
+def test_trained_weights_hold_their_figures():
+    """A scene of the synthetic world that no training has seen, two cameras, no poses: still things stay in place."""
+    world = data.World(1)
+    world.reset(2_000_000)
+    tips = world.demonstration[0][..., :3, 3] + data.TCP * world.demonstration[0][..., :3, 2]
+    cameras = data.sample_cameras(np.random.default_rng(0), tips, (64, 80), 2)
+    run = sample.load_run(ROOT / "tests" / "data" / "trained")
+    clip = sample.predict(run, world.observe(*cameras, (64, 80)))
+    true = evaluate.scripted_future(world, 0, cameras, (64, 80), data.FRAMES)
+    off = np.abs(clip["points"] - true["points"])[..., 2] / true["points"][..., 2].clip(0.1)
+    assert off[0][true["valid"][0]].mean() < 0.1 and off[1][true["valid"][1]].mean() < 0.1
+    shift, turn = data.pose_errors(clip["view_in_ref"][1], true["view_in_ref"][1])
+    assert shift < 0.15 and turn < 15
