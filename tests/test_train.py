@@ -211,7 +211,7 @@ def test_one_batch_overfits(episodes, whole):
     torch.manual_seed(0)
     net = model.Model4D(model.PRESETS["tiny"])
     args = SimpleNamespace(seed=0, P_mean=3.0, P_std=0.0, dropout=0.0, lr=1e-3, muon_lr=0.02, beta2=0.98,
-                           low_memory=False)
+                           low_memory=False, precision="fp32")
     clips = data.Clips(episodes / "two", "train", (64, 80), single=True)
     item = torch.utils.data.default_collate([train.Samples(clips, (2, 2, 96, 8, 10), args)[i] for i in range(2)])
     x_0 = sample.encode_targets(run, item["rgb"][:, :, 1:], item["points"][:, :, 1:])
