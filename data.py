@@ -15,22 +15,24 @@ Frames    cameras: OpenCV (x right, y down, z forward), integer pixel coordinate
           gripper: Franka's hand frame (z out of the palm, fingers slide along y, opening 0..0.08 m)
           world: z up, table top at z = 0, +x away from the robot, +y to its left
           `a_in_b` (4,4) takes a-coordinates to b-coordinates: points_in_b = transform(points_in_a, a_in_b)
-          Points named `points` are in the frame of the reference camera at the observed instant.
+          `points` without a frame in the name: of the reference camera at the observed instant
 
 References: the method, arXiv 2507.01099; pointmaps in another view's frame, arXiv 2312.14132; the public data,
 huggingface.co/datasets/Zeyi/4dgen-dataset.
 """
 import argparse
-import contextlib
 import json
-import mmap
 import multiprocessing
 import os
 import re
 import shutil
+import signal
+import threading
 import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,8 +137,8 @@ def point_maps(depth, intrinsics):
     A pixel without depth (0, negative, NaN, infinite or beyond FAR) is put on the plane z = FAR along its own ray and
     marked invalid. Left at 0 it would be the camera's position in another frame, a point that no surface has.
     """
-    valid = (depth > 0) & (depth <= FAR)
-    return unproject((np if isinstance(depth, np.ndarray) else torch).where(valid, depth, FAR), intrinsics), valid
+    xp, valid = np if isinstance(depth, np.ndarray) else torch, (depth > 0) & (depth <= FAR)
+    return unproject(xp.where(valid, depth, FAR), intrinsics), valid
 
 
 def scale_intrinsics(intrinsics, old_size, new_size):
@@ -197,7 +199,7 @@ def rigid_fit(source, target, weights=None):
 
 # ------------------------------------ files and pictures
 
-@contextlib.contextmanager
+@contextmanager
 def reading(path, hint=""):
     """What goes wrong with a file that is read, as a ValueError of one line. hint: how it can be made."""
     try:
@@ -220,7 +222,7 @@ def reading(path, hint=""):
         raise ValueError(f"{path} {says}") from None
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(path):
     """Yields a name beside `path` to write to, which becomes `path` when all is written."""
     path = Path(path)
@@ -270,6 +272,10 @@ def write_gif(path, frames, fps, seconds=None):
     pictures = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
     for picture, time in zip(pictures, () if seconds is None else seconds):
         ImageDraw.Draw(picture).text((3, 1), f"{time:+.1f} s", fill="white", stroke_fill="black", stroke_width=1)
+    # One palette for all: of the frames' own, a small thing of a rare colour would not get one.
+    some = np.concatenate([np.asarray(picture) for picture in pictures[::4]])
+    palette = Image.fromarray(some).quantize(256, method=Image.Quantize.FASTOCTREE)
+    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     with writing(path) as partial:
         pictures[0].save(partial, "GIF", save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0)
 
@@ -439,25 +445,24 @@ def to_tensors(clip):
     (V,3,H,W): the observed ones in the view's own camera frame, all that a robot has, frame_index (T,), moving
     (V,T,H,W): no point was observed in that pixel within MOVED of its true one.
     """
+    known = "true_rgb" in clip
     channels_first = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, -3)))
+    frames = lambda seen, key: np.concatenate([seen[:, None], clip[key]], 1) if known else seen[:, None]   # (V, F, ...)
     own, valid = point_maps(clip["observed_depth"], clip["intrinsics"].astype(np.float32))  # (V, H, W, 3)
-    rgb, valid, moved = clip["observed_rgb"][:, None], valid[:, None], {}       # (V, 1, H, W, ...)
-    if "true_rgb" in clip:
-        then = lambda observed, true: np.concatenate([observed, true], 1)       # (V, F, ...)
-        rgb, valid = then(rgb, clip["true_rgb"]), then(valid, clip["true_valid"])
-        now = transform(own, clip["true_view_in_ref"].astype(np.float32))[:, None]
-        points = channels_first(then(now, clip["true_points"]))                 # (V, F, 3, H, W)
-        way = points[:, 1:] - points[:, :1]
-        near = (way.square_().sum(2) <= MOVED**2).numpy() & valid[:, :1]
-        moved = dict(points=points.sub_(0.5).div_(1.5), moving=torch.from_numpy(valid[:, 1:] & ~near),
-                     frame_index=torch.as_tensor(clip["frame_index"]))
+    rgb, valid = frames(clip["observed_rgb"], "true_rgb"), frames(valid, "true_valid")
     seen = clip.get("observed_gripper", np.zeros_like(valid[:, :1]))            # (V, A, H, W)
     gripper = np.zeros((*valid.shape[:2], *seen.shape[1:]), bool)               # (V, F, A, H, W)
     gripper[:, 0] = seen
-    if moved and "true_gripper" in clip:
-        gripper[:, 1:] = clip["true_gripper"]
-    return dict(moved, rgb=channels_first(rgb).float().div_(127.5).sub_(1), valid=torch.from_numpy(valid),
-                gripper=torch.from_numpy(gripper), own_points=channels_first(own).sub_(0.5).div_(1.5))
+    item = dict(rgb=channels_first(rgb) / 127.5 - 1, valid=torch.from_numpy(valid), gripper=torch.from_numpy(gripper),
+                own_points=normalize_points(channels_first(own)))
+    if known:
+        now = transform(own, clip["true_view_in_ref"].astype(np.float32))
+        points = channels_first(frames(now, "true_points"))                     # (V, F, 3, H, W) m
+        near = ((points[:, 1:] - points[:, :1]).square().sum(2) <= MOVED**2).numpy() & valid[:, :1]
+        gripper[:, 1:] = clip.get("true_gripper", False)
+        item |= dict(points=normalize_points(points), moving=torch.from_numpy(valid[:, 1:] & ~near),
+                     frame_index=torch.as_tensor(clip["frame_index"]))
+    return item
 
 
 def split_of(name):
@@ -487,8 +492,8 @@ class Clips(torch.utils.data.Dataset):
         self.held_out = 0 < len(chosen) < len(every)
         self.cuts = []  # (episode, frames it can start at, cameras)
         for episode in chosen or every:
-            cameras = TRAIN_CAMERAS if split == "train" else TEST_CAMERAS
-            cameras = np.array(cameras if episode.cameras >= 16 else range(episode.cameras))
+            half = TRAIN_CAMERAS if split == "train" else TEST_CAMERAS
+            cameras = np.array(half if episode.cameras >= 16 else range(episode.cameras))
             if min(np.array(episode.size) - size) < 0 or len(cameras) < views:
                 raise ValueError(f"{episode.folder} has {len(cameras)} cameras for the {split} split at "
                                  f"{size_text(episode.size)}, not {views} at {size_text(size)}: see data.py --size")
@@ -518,6 +523,9 @@ class Clips(torch.utils.data.Dataset):
 # A folder named after the recording: rgb.npy (R,T,H,W,3) uint8, depth.npy (R,T,H,W) uint16 mm (0: nothing measured),
 # label.npy (R,T,H,W) uint8, cameras.npz, robot.npz and episode.json (task, source, rate_hz, arms, labelled, ...).
 
+AGAIN = "delete its folder and run data.py again"
+
+
 class Episode(SimpleNamespace):
     """A packed episode: size (H, W), cameras R, frames T, rgb, depth, label, intrinsics (R,3,3), cam_in_world
     (R,T,4,4), gripper_in_world (T,A,4,4), gripper_opening (T,A), gripper_labels (A,), rate_hz, stride, labelled, info,
@@ -527,38 +535,33 @@ class Episode(SimpleNamespace):
     label = property(lambda self: self.map("label"))
 
     def map(self, name):
-        path = f"{self.folder}/{name}.npy"
-        with reading(path), open(path, "rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        shape, dtype, offset = self.arrays[name]
-        return np.ndarray(shape, dtype, content, offset)
-
-
-def size_text(size):
-    return f"{size[0]}x{size[1]}"
+        path, (shape, dtype, offset) = f"{self.folder}/{name}.npy", self.arrays[name]
+        with reading(path):
+            return np.asarray(np.memmap(path, dtype, "r", offset, shape))       # np.load would read its header again
 
 
 def load_episode(folder):
-    folder, hint = Path(folder), "delete its folder and run data.py again"
-    info, arrays = read_json(folder / "episode.json", hint), {}
+    folder, arrays = Path(folder), {}
+    info, cameras, robot = (read(folder / name, AGAIN) for read, name in (
+        (read_json, "episode.json"), (read_npz, "cameras.npz"), (read_npz, "robot.npz")))
     for name in ("rgb", "depth", "label"):
-        with reading(folder / f"{name}.npy", hint):
+        with reading(folder / f"{name}.npy", AGAIN):
             array = np.load(folder / f"{name}.npy", mmap_mode="r")
             arrays[name] = array.shape, array.dtype, array.offset
-    cameras, robot = read_npz(folder / "cameras.npz", hint), read_npz(folder / "robot.npz", hint)
     try:
-        (R, T, H, W, _), cam_in_world = arrays["rgb"][0], cameras["cam_in_world"]
-        if (arrays["depth"][0], arrays["label"][0], len(robot["gripper_opening"])) != ((R, T, H, W), (R, T, H, W), T):
+        episode = Episode(folder=folder, info=info, arrays=arrays, **cameras, **robot)
+        (R, T, H, W, _), arms = arrays["rgb"][0], episode.gripper_opening.shape[1]
+        if not arrays["depth"][0] == arrays["label"][0] == (R, T, H, W) or len(episode.gripper_opening) != T:
             raise ValueError
-        cam_in_world = np.broadcast_to(cam_in_world if cam_in_world.ndim == 4 else cam_in_world[:, None], (R, T, 4, 4))
-        return Episode(
-            folder=folder, info=info, arrays=arrays, size=(H, W), cameras=R, frames=T, cam_in_world=cam_in_world,
-            intrinsics=cameras["intrinsics"], gripper_in_world=robot["gripper_in_world"],
-            gripper_opening=robot["gripper_opening"], labelled=info.get("labelled", True),
-            gripper_labels=[1 + ARMS.index(arm) for arm in info.get("arms", ARMS[:robot["gripper_opening"].shape[1]])],
-            rate_hz=info["rate_hz"], stride=clip_stride(info["rate_hz"], folder))
+        if episode.cam_in_world.ndim == 3:              # cameras that stand
+            episode.cam_in_world = np.broadcast_to(episode.cam_in_world[:, None], (R, T, 4, 4))
+        episode.size, episode.cameras, episode.frames = (H, W), R, T
+        episode.rate_hz, episode.stride = info["rate_hz"], clip_stride(info["rate_hz"], folder)
+        episode.labelled = info.get("labelled", True)
+        episode.gripper_labels = [1 + ARMS.index(arm) for arm in info.get("arms", ARMS[:arms])]
+        return episode
     except (KeyError, ValueError, TypeError, AttributeError):
-        raise ValueError(f"the files of {folder} do not belong together: {hint}") from None
+        raise ValueError(f"the files of {folder} do not belong together: {AGAIN}") from None
 
 
 def packed_folders(folder):
@@ -575,7 +578,7 @@ def episode_folders(folder):
 def save_episode(folder, rgb, depth, label, intrinsics, cam_in_world, gripper_in_world, gripper_opening, info):
     """Write one packed episode: its folder appears when it is complete, never in place of another."""
     folder = Path(folder)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")      # of this process alone
     try:
         for left_by_a_killed_process in folder.parent.glob(folder.name + ".*.partial"):
             shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
@@ -603,15 +606,13 @@ def packed_already(out, task, source, size):
 
 
 # ------------------------------------ recorded episodes, the public layout
-# Each episode is a folder, `<session>/diffusion_spartan/episode_K/processed` or any other, that holds
-#   observations.npz  NAME (T,H,W,3) uint8 and NAME_depth (T,H,W), integer mm or floating-point m along z, of two or
-#                     more cameras of any NAME; optionally NAME_label (T,H,W) int, of all or none; of one or both arms:
-#                     robot__actual__poses__right::panda__xyz (T,3) m and .._rot_6d (T,6), the first two rows of the
-#                     rotation of the hand in the world; robot__actual__grippers__right::panda_hand (T,1) m, its opening
-#   intrinsics.npz    NAME (3,3) in pixels of that picture
-#   extrinsics.npz    NAME (T,4,4) or (4,4), camera to world
-#   metadata.yaml     optional: rate_hz [10]; label_names, {id: name}, where names begin with right_hand, right_finger,
-#                     left_hand, left_finger or TASKS's object [the public ids]
+# A folder each, `<session>/diffusion_spartan/episode_K/processed` or any other, with the files and keys that README.md
+# lists; one arm will do. Depth may be floating-point metres, too. metadata.yaml, if any: rate_hz [10]; label_names,
+# {id: name}, where names begin with right_hand, right_finger, left_hand, left_finger or TASKS's object [public ids].
+
+HUB_DATASET = "Zeyi/4dgen-dataset"
+HUB_FILES = ("observations.npz", "intrinsics.npz", "extrinsics.npz", "metadata.yaml")
+
 
 def natural(name):
     """A key to sort by: episode_2 before episode_10."""
@@ -624,34 +625,33 @@ def packed_name(folder):
     return re.sub(r"[^\w.+-]+", "_", "_".join(parts[-2:])).lstrip(".")
 
 
-def find_recorded(source, task):
-    """{name when packed: folder} of a task's recordings."""
-    if not Path(source).is_dir():
+def find_recorded(source, task, episodes=None):
+    """{name when packed: folder} of a task's first `episodes` recordings."""
+    source, found = Path(source), {}
+    if not source.is_dir():
         raise ValueError(f"--source {source}: no such folder (or say synthetic, or hub)")
-    files = [*Path(source).rglob("processed/observations.npz")] or [*Path(source).rglob("observations.npz")]
-    others, found = {t.folder for number, t in TASKS.items() if number != task}, {}
+    files = [*source.rglob("processed/observations.npz")] or [*source.rglob("observations.npz")]
+    others = {t.folder for number, t in TASKS.items() if number != task}
     for folder in sorted((file.resolve().parent for file in files), key=natural):
         if not others & set(folder.parts):
             if (name := packed_name(folder)) in found:
                 raise ValueError(f"{found[name]} and {folder} would both be packed as {name}: rename one of them")
             found[name] = folder
     if not found:
-        raise ValueError(f"{source} holds no observations.npz of task {task}, see data.py for the layout")
-    return found
+        raise ValueError(f"{source} holds no observations.npz of task {task}: README.md has the layout")
+    return dict([*found.items()][:episodes])
 
 
 def read_metadata(path, task):
     """rate_hz and {packed label: recorded ids} of a recording."""
     rate_hz, ids = 10, PUBLIC_GRIPPER_IDS | {OBJECT: TASKS[task].object_ids}
     if path.exists():
-        try:
+        with reading(path):
             metadata = yaml.safe_load(path.read_text())
             rate_hz = float(metadata.get("rate_hz", rate_hz))
             if names := metadata.get("label_names"):
                 starts = ("right_hand", "right_finger"), ("left_hand", "left_finger"), TASKS[task].object
                 ids = {1 + k: [int(i) for i in names if names[i].startswith(s)] for k, s in enumerate(starts)}
-        except (OSError, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
     return rate_hz, ids
 
 
@@ -667,9 +667,18 @@ def read_recorded(path, key, *shapes, kind=None, size=(None, None)):
     return canonical(arrays[key], kind, f"{path}: '{key}'", size) if kind else arrays[key]
 
 
+def fingerprint(folder):
+    """A number that changes with what a recording's files hold, from the checksums that npz files list."""
+    sums, metadata = [], folder / "metadata.yaml"
+    for name in HUB_FILES[:3]:
+        with reading(folder / name), zipfile.ZipFile(folder / name) as file:
+            sums += sorted((name, entry.filename, entry.CRC) for entry in file.infolist())
+    return zlib.crc32(repr(sums).encode() + (metadata.read_bytes() if metadata.exists() else b""))
+
+
 def pack_recorded(folder, out, task, size, source="recorded"):
-    file, intrinsics_file, extrinsics_file = (Path(folder) / name for name in HUB_FILES[:3])
-    rate_hz, label_ids = read_metadata(Path(folder) / "metadata.yaml", task)
+    file, intrinsics_file, extrinsics_file, metadata = (folder / name for name in HUB_FILES)
+    rate_hz, label_ids = read_metadata(metadata, task)
     clip_stride(rate_hz, folder)
     with reading(file), np.load(file) as arrays:
         keys = arrays.files
@@ -703,19 +712,23 @@ def pack_recorded(folder, out, task, size, source="recorded"):
         gripper_in_world.append(canonical(pose(xyz, rotation_from_6d(rot_6d)), "pose", f"{file}: "
                                           f"'{key('poses', arm, '_xyz')}' with '.._rot_6d'"))
         opening.append(read_recorded(file, key("grippers", arm, "hand"), (frames, 1), kind="opening")[:, 0])
-    info = dict(task=task, source=source, rate_hz=rate_hz, arms=arms, labelled=labelled, cameras=names)
+    info = dict(task=task, source=source, rate_hz=rate_hz, arms=arms, labelled=labelled, cameras=names,
+                recording=fingerprint(folder))
     save_episode(out, *(np.stack(arrays) for arrays in zip(*cameras)), np.stack(gripper_in_world, 1),
                  np.stack(opening, 1), info)
 
 
 def pack_folder(source, task, out, size, episodes=None):
     """Pack the recorded episodes of a task under `source` that `out` has not yet. Returns the new names."""
-    found, packed, new = find_recorded(source, task), packed_already(out, task, "recorded", size), []
-    for name, folder in tqdm(list(found.items())[:episodes], desc=f"packing {source}", unit="episode"):
-        if name not in packed:
-            pack_recorded(folder, Path(out) / name, task, size)
-            new.append(name)
-    return new
+    found, packed = find_recorded(source, task, episodes), packed_already(out, task, "recorded", size)
+    for name in packed.keys() & found.keys():
+        if packed[name].get("recording") not in (None, fingerprint(found[name])):
+            raise ValueError(f"{Path(out) / name} was packed from other files than {found[name]} holds: rename one of "
+                             "the recordings' folders, delete that episode to pack it anew, or give another --out")
+    new = {name: folder for name, folder in found.items() if name not in packed}
+    for name, folder in tqdm(new.items(), desc=f"packing {source}", unit="episode"):
+        pack_recorded(folder, Path(out) / name, task, size)
+    return [*new]
 
 
 def report(folder, brief=False):
@@ -725,7 +738,7 @@ def report(folder, brief=False):
           f"{episode.rate_hz:g} Hz, {len(moving_starts(episode))} moving clips; arms: "
           f"{', '.join(episode.info['arms'])}; {'' if episode.labelled else 'not '}labelled")
     points, valid = point_maps(episode.depth[:, 0] / 1000, episode.intrinsics)
-    clouds = [moved[v] for moved, v in zip(transform(points, episode.cam_in_world[:, 0]), valid)]
+    clouds = [cloud[seen] for cloud, seen in zip(transform(points, episode.cam_in_world[:, 0]), valid)]
     for c, name in enumerate(episode.info["cameras"]):
         depth, others = episode.depth[c] / 1000, np.concatenate(clouds[:c] + clouds[c + 1:])
         measured = depth[(depth > 0) & (depth <= FAR)]
@@ -738,11 +751,7 @@ def report(folder, brief=False):
                   f"of the pixels, cloud {apart:.0f} mm from the others'{doubt}")
 
 
-HUB_DATASET = "Zeyi/4dgen-dataset"
-HUB_FILES = ("observations.npz", "intrinsics.npz", "extrinsics.npz", "metadata.yaml")
-
-
-@contextlib.contextmanager
+@contextmanager
 def asking_the_hub():
     try:
         yield
@@ -765,9 +774,8 @@ def download_episodes(task, out, size, episodes=None, keep_raw=False):
     if not whole:
         raise ValueError(f"{HUB_DATASET} lists no whole episode under {TASKS[task].folder}")
     todo = [folder for folder in whole[:episodes] if packed_name(folder) not in packed]
-    size_gb = sum(sum(found[folder].values()) for folder in todo) / 1e9
     print(f"{HUB_DATASET}, task {task}: {len(whole)} episodes, {len(packed)} packed here; {len(todo)} to download, "
-          f"{size_gb:.2f} GB")
+          f"{sum(sum(found[folder].values()) for folder in todo) / 1e9:.2f} GB")
     raw = out / ("raw" if keep_raw else "raw.partial")
     for folder in tqdm(todo, desc="download and pack", unit="episode"):
         with asking_the_hub():
@@ -866,16 +874,18 @@ class Body:
     label: int = OTHER
 
 
-def draw_bodies(bodies, body_in_world, intrinsics, cam_in_world, size, lamp, samples, behind=None):
+def draw_bodies(placed, intrinsics, cam_in_world, size, lamp, samples, behind=None):
     """What K cameras see of bodies, before shadows fall, and how far the light gets through each pixel of the lamp.
 
-    behind: the same of other bodies, which may hide these. A picture is a dict of flat arrays: depth, label, color,
-    light of the sky and of the lamp (sun), and where the lamp sees the point: lamp_pixel, lamp_z.
+    placed: [(Body, body_in_world)]; behind: what this function made of other bodies, which may hide these. A picture is
+    a dict of flat arrays: depth, label, color, light of the sky and of the lamp (sun), lamp_pixel and lamp_z: where the
+    lamp sees the point.
     """
     H, W = fine = size[0] * samples, size[1] * samples
     single = lambda x: np.asarray(x, np.float32)
-    vertices, faces = merge(*((transform(body.mesh[0], at), body.mesh[1]) for body, at in zip(bodies, body_in_world)))
-    body_of_face = np.repeat(np.arange(len(bodies)), [len(body.mesh[1]) for body in bodies])
+    vertices, faces = merge(*((transform(body.mesh[0], at), body.mesh[1]) for body, at in placed))
+    body_of_face = np.repeat(np.arange(len(placed)), [len(body.mesh[1]) for body, _ in placed])
+    labels = np.array([body.label for body, _ in placed], np.uint8)
     a, b, c = np.moveaxis(vertices[faces], 1, 0)
     normals = np.cross(b - a, c - a)
     normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
@@ -905,12 +915,11 @@ def draw_bodies(bodies, body_in_world, intrinsics, cam_in_world, size, lamp, sam
         in_view = (x >= 0) & (x < LAMP_PIXELS) & (y >= 0) & (y < LAMP_PIXELS)
         color = np.zeros_like(points)
         for i in np.flatnonzero(np.bincount(body)):
-            of_body, rotation = np.flatnonzero(body == i), single(body_in_world[i][:3, :3])
-            local = (points[of_body] - single(body_in_world[i][:3, 3])) @ rotation
-            color[of_body] = bodies[i].paint(local, normal[of_body] @ rotation)
-        seen = dict(depth=depth, label=np.array([body.label for body in bodies], np.uint8)[body], color=color,
-                    sky=0.42 + 0.13 * normal[:, 2], sun=0.55 * cosine.clip(0),
-                    lamp_z=np.where(in_view, in_lamp[:, 2], 0),
+            of_body, (painted, at) = np.flatnonzero(body == i), placed[i]
+            rotation, position = single(at[:3, :3]), single(at[:3, 3])
+            color[of_body] = painted.paint((points[of_body] - position) @ rotation, normal[of_body] @ rotation)
+        seen = dict(depth=depth, label=labels[body], color=color, sky=0.42 + 0.13 * normal[:, 2],
+                    sun=0.55 * cosine.clip(0), lamp_z=np.where(in_view, in_lamp[:, 2], 0),
                     lamp_pixel=np.where(in_view, y, 0).astype(int) * LAMP_PIXELS + np.where(in_view, x, 0).astype(int))
         for name, values in seen.items():
             picture[name][mine] = values
@@ -918,13 +927,12 @@ def draw_bodies(bodies, body_in_world, intrinsics, cam_in_world, size, lamp, sam
     return pictures, np.minimum(reach, behind[1]) if behind else reach
 
 
-def render(bodies, body_in_world, intrinsics, cam_in_world, size, lamp=(-0.5, -0.7, 1.9), samples=1, still=None):
+def render(placed, intrinsics, cam_in_world, size, lamp, samples=1, behind=None):
     """Closed painted bodies under a sky and a lamp (3,): rgb (K,H,W,3) uint8, depth (K,H,W) m (0: none), label (K,H,W).
 
-    `samples` (odd) rays a pixel and axis smooth the colours; the rest is that of the pixel's centre. `still`: what
-    draw_bodies made of further bodies for the same view.
+    `samples` (odd) rays a pixel and axis smooth the colours; the rest is that of the pixel's centre. See draw_bodies.
     """
-    pictures, reach = draw_bodies(bodies, body_in_world, intrinsics, cam_in_world, size, lamp, samples, still)
+    pictures, reach = draw_bodies(placed, intrinsics, cam_in_world, size, lamp, samples, behind)
     H, W = size[0] * samples, size[1] * samples
     centre, shots = np.s_[samples // 2::samples, samples // 2::samples], []
     for seen in pictures:
@@ -1062,7 +1070,7 @@ def cloth(table, centre, half, a, b):
 
     def paint(points, normals):
         local = points - np.float32((*centre, 0))
-        inside = (np.abs(local[:, 0]) < half[0]) & (np.abs(local[:, 1]) < half[1])
+        inside = (np.abs(local[:, :2]) < half).all(1)
         return np.where(inside[:, None], mat(local * np.float32((1, 1, 0)), normals), table(points, normals))
     return paint
 
@@ -1397,10 +1405,10 @@ class World:
         view = intrinsics, cam_in_world, size, self.lamp, samples
         key = intrinsics.tobytes(), cam_in_world.tobytes(), size, samples
         if self.key != key:
-            self.key, self.still = key, draw_bodies(*zip(*self.fixed), *view)
+            self.key, self.still = key, draw_bodies(self.fixed, *view)
         poses = [arm_poses(*arm) for arm in zip(self.scene.bases, self.gripper_in_world, self.opening)]
-        return render([self.scene.object, *self.arms], np.concatenate([[self.object_in_world], *poses]),
-                      *view, self.still)
+        links = zip(self.arms, np.concatenate(poses))
+        return render([(self.scene.object, self.object_in_world), *links], *view, self.still)
 
     def observe(self, intrinsics, cam_in_world, size):
         """What a robot sees now with V cameras, as the observed_ keys of a clip."""
@@ -1463,6 +1471,11 @@ def synthetic_episode(task, seed, out, size, samples):
                  np.stack(opening), dict(task=task, source="synthetic", seed=seed, rate_hz=HZ))
 
 
+def end_with_parent():
+    """In a rendering process, which would go on when its parent is killed."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None, samples=3):
     """Render the worlds seed * 1000, ... that `out` has not yet. Returns the new folders' names."""
     there = {info["seed"] for info in packed_already(out, task, "synthetic", size).values()}
@@ -1474,9 +1487,19 @@ def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None, 
         for job in progress(jobs):
             synthetic_episode(*job)
     elif workers:  # spawned: a fork of a process with running threads may hang
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for done in progress(as_completed([pool.submit(synthetic_episode, *job) for job in jobs])):
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)    # inherited: Ctrl-C is for this process alone
+        futures = [pool.submit(synthetic_episode, *job) for job in jobs]
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            for done in progress(as_completed(futures)):
                 done.result()
+        except BrokenProcessPool:
+            raise ValueError("a rendering process was killed, for want of memory? Try fewer --workers") from None
+        finally:
+            for process in multiprocessing.active_children():       # idle, or stopped with this one
+                process.terminate()
+            pool.shutdown(cancel_futures=True)
     return [job[2].name for job in jobs]
 
 
@@ -1516,6 +1539,10 @@ def preview(folder, path, seed=0):
     plt.close(figure)
 
 
+def size_text(size):
+    return f"{size[0]}x{size[1]}"
+
+
 def parse_size(text):
     """'256x320' -> (256, 320), height first."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
@@ -1550,20 +1577,22 @@ def main():
     add("--keep_raw", action="store_true", help="hub: keep what is downloaded, in OUT/raw")
     add("--preview", action="store_true", help="write OUT/preview.png; makes the data first if there is none")
     args = parser.parse_args()
-    if any(number is not None and number < 1 for number in (args.episodes, args.workers)):
-        raise ValueError("--episodes and --workers must be at least 1")
-    if args.seed < 0:
-        raise ValueError(f"--seed must be at least 0, not {args.seed}")
-    out = args.out or Path(f"data/task_{args.task}")
-    if not args.preview or not packed_folders(out):
-        prepare(args.task, out, args.source, args.size, args.episodes, args.seed, args.workers, args.keep_raw)
-    if args.preview or args.source not in ("synthetic", "hub"):
-        preview(out, out / "preview.png", args.seed)
-        print(f"picture: {out / 'preview.png'}")
+    for name, least in (("episodes", 1), ("workers", 1), ("seed", 0)):
+        if (given := getattr(args, name)) is not None and given < least:
+            raise ValueError(f"--{name} must be at least {least}, not {given}")
+    if args.workers and args.source != "synthetic" or args.keep_raw and args.source != "hub":
+        raise ValueError("--workers is for synthetic episodes only, --keep_raw for --source hub only: leave it out")
+    args.out = args.out or Path(f"data/task_{args.task}")
+    draw = vars(args).pop("preview")
+    if not draw or args.source != "synthetic" or not packed_folders(args.out):
+        prepare(**vars(args))
+    if draw or args.source not in ("synthetic", "hub"):
+        preview(args.out, args.out / "preview.png", args.seed)
+        print(f"picture: {args.out / 'preview.png'}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        raise SystemExit(f"data.py: {error}")
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        raise SystemExit(f"data.py: {str(error) or 'interrupted'}")

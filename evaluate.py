@@ -2,18 +2,18 @@
 
     python evaluate.py --task 1 --clips 8                 # sample, track and score held-out clips
     python evaluate.py --predictions DIR                  # score every prediction.npz below DIR, whoever made it
-    python evaluate.py --task 1 --ablation --minutes 30   # train the four rows of the published table alike, score them
+    python evaluate.py --task 1 --ablation --minutes 30   # train the four rows of the paper's table alike, score them
     python evaluate.py --task 1 --rollout 20 --execute 4  # observe, generate, track, act on 4 frames, observe again
 
-Most of a tabletop stands still, where repeating the last frame is hard to beat: read that row beside every method, and
-the columns of what moves, of the hand, and of what stays.
+Most of a tabletop stands still, where repeating the last frame is hard to beat: read that row beside every method,
+and the columns of what moves, of the hand, and of what stays. The truth's rows say what tracker and code can reach.
 
 Letters   V views (0 is the reference, n in the paper; the others are m), T predicted frames, F = T + 1 with the
           observed one, A arms, H W pixels, N anything, D features
 Units     metres, degrees, dB and pixels in every function; the tables print millimetres
 
-References: the method, arXiv 2507.01099; SSIM, Wang et al. 2004; AbsRel and delta, arXiv 1406.2283; FVD, arXiv
-1812.01717; MMD with a polynomial kernel, arXiv 1801.01401; Wilson's interval, Brown et al., Statistical Science 2001.
+References: SSIM, Wang et al. 2004; AbsRel and delta, arXiv 1406.2283; FVD, arXiv 1812.01717; MMD with a polynomial
+kernel, arXiv 1801.01401; Wilson's interval, Brown et al., Statistical Science 2001.
 """
 import argparse
 import copy
@@ -40,8 +40,8 @@ from data import invert, pose_errors, read_npz, transform, truth_row, write_json
 SAME_COLOUR = 10            # of 255, up to which a still pixel's colour counts as unchanged: no shadow came or went
 NEAR = 0.03                 # m within which a point is on the hand
 TRACKED = 0.02, 10          # m and degrees within which a hand counts as tracked
-SAME_SURFACE = 0.02         # m within which two views' points are the same piece of surface
 FEWEST_SEEN = 10            # gripper pixels that make a frame one that shows the hand
+HORIZONS = {"0.5-1 s": slice(0, 2), "1.5-2.5 s": slice(2, 5), "3-5 s": slice(5, 10)}  # predicted frames at 2 Hz
 I3D = "flateon/FVD-I3D-torchscript", "i3d_torchscript.pt"         # on the hub
 
 
@@ -56,8 +56,8 @@ def mean(values, axis=None):
 
 
 def psnr(pred, true, valid=None):
-    """10 log10(1 / MSE) in dB of images (..., H, W, 3) in [0, 1], mean over images; over valid (..., H, W) if given.
-    Identical images have 100 dB, so that means stay finite."""
+    """10 log10(1 / MSE) in dB of images (..., H, W, 3) in [0, 1], mean over images; over valid (..., H, W)
+    if given. Identical images have 100 dB, so that means stay finite."""
     error = ((np.asarray(pred, np.float64) - true) ** 2).reshape(-1, *pred.shape[-3:])  # (N, H, W, 3)
     valid = np.ones(error.shape[:3], bool) if valid is None else np.reshape(valid, error.shape[:3])
     return float(mean([-10 * np.log10(max(e[v].mean(), 1e-10)) for e, v in zip(error, valid) if v.any()]))
@@ -76,21 +76,20 @@ def ssim(pred, true):
 
 
 def depth_pairs(pred_z, true_z, valid):
-    """The scored depths as two vectors: where the truth is a positive number and `valid` (if given) holds. A wrong
-    prediction is scored whatever its sign."""
+    """The scored depths as two vectors: where the truth is a positive number and `valid` (if given) holds."""
     p, g = np.asarray(pred_z, np.float64), np.asarray(true_z, np.float64)
     chosen = np.isfinite(g) & (g > 0) & (True if valid is None else np.asarray(valid, bool))
     return p[chosen], g[chosen]
 
 
 def abs_rel(pred_z, true_z, valid=None):
-    """mean |pred - true| / true over valid pixels (Eigen et al. 2014), any shape; 0 is ideal."""
+    """mean |pred - true| / true over valid pixels, any shape; 0 is ideal. A wrong sign counts like any error."""
     p, g = depth_pairs(pred_z, true_z, valid)
     return float(mean(np.abs(p - g) / g))
 
 
 def delta1(pred_z, true_z, valid=None):
-    """Share of valid pixels with max(pred / true, true / pred) < 1.25 (Eigen et al. 2014); 1 is ideal."""
+    """Share of valid pixels with max(pred / true, true / pred) < 1.25; 1 is ideal."""
     p, g = depth_pairs(pred_z, true_z, valid)
     return float(mean((p < 1.25 * g) & (g < 1.25 * p)))      # as products: of a p < 0 both quotients are below 1.25
 
@@ -118,19 +117,19 @@ def still_error(pred, true, still, most=1000):
 # ------------------------------------------------------------------------------------------------ videos and views
 
 def frechet_distance(a, b):
-    """Squared Frechet distance of the Gaussians fitted to features a (N, D), b (M, D); 0 is ideal (arXiv 1706.08500):
+    """Squared Frechet distance of the Gaussians fitted to features a (N, D), b (M, D) (arXiv 1706.08500):
     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S = X^T X the sample covariances of centred features X.
 
-    The trace of the root is the sum of the singular values of X_a X_b^T, for S_a S_b has their squares as eigenvalues:
-    no root of a matrix, and singular covariances (few clips, 400 features) lose no digits.
+    The root's trace is the sum of the singular values of X_a X_b^T, whose squares are S_a S_b's eigenvalues: singular
+    covariances (few clips, 400 features) lose no digits.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if len(a) < 2 or len(b) < 2:
+    if min(len(a), len(b)) < 2:
         raise ValueError(f"frechet_distance needs two samples in each set, got {len(a)} and {len(b)}")
     x_a, x_b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
     trace_of_root = np.linalg.svd(x_a @ x_b.T, compute_uv=False).sum()
     distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + (x_a ** 2).sum() + (x_b ** 2).sum() - 2 * trace_of_root
-    return float(max(0.0, distance))  # rounding can leave -1e-13
+    return float(max(0.0, distance))                         # rounding can leave -1e-13
 
 
 def polynomial_mmd(a, b):
@@ -163,46 +162,27 @@ def i3d_features(i3d, videos):
     return torch.cat([i3d(video, rescale=False, resize=False, return_features=True) for video in x]).double().numpy()
 
 
-def land(points_in_cam, intrinsics, size):
-    """Where points (..., 3) fall in a camera's picture: row and column (clipped into it), z, and whether inside."""
-    in_front = points_in_cam[..., 2] > 1e-3
-    pixels, z = data.project(np.where(in_front[..., None], points_in_cam, 1.0), intrinsics)
-    column, row = np.moveaxis(np.rint(pixels).astype(int), -1, 0)
-    inside = in_front & (column >= 0) & (column < size[1]) & (row >= 0) & (row < size[0])
-    return row.clip(0, size[0] - 1), column.clip(0, size[1] - 1), z, inside
+def cross_view_miou(points, gripper_n, gripper_m, intrinsics_n, intrinsics_m, ref_in_m):
+    """IoU of the gripper's mask in view n, carried into camera m by n's predicted points, with m's own mask: (T,),
+    NaN where neither is there. points (T,H,W,3): view n's, reference frame; gripper_n, gripper_m (T,H,W) bool;
+    ref_in_m (4,4): the true camera m, for scoring only.
 
-
-def seen_by(points_in_cam, z_of_cam, intrinsics):
-    """Which points (..., 3) in a camera's frame lie on the surface that camera sees, to 2 cm. z_of_cam: (H, W) m."""
-    row, column, z, inside = land(points_in_cam, intrinsics, z_of_cam.shape)
-    return inside & (np.abs(z_of_cam[row, column] - z) < SAME_SURFACE)
-
-
-def cross_view_miou(points, gripper_n, gripper_m, intrinsics_n, intrinsics_m, ref_in_m, z_m=None, seen=None, slack=0):
-    """IoU of the gripper's mask in view n, carried into camera m by n's predicted points, with m's own mask: (T,).
-
-    points (T,H,W,3): view n's, reference frame; gripper_n, gripper_m (T,H,W) bool; ref_in_m (4,4): the true camera m,
-    for scoring only. This is the paper's metric, whose ceiling is far below 1: what only m sees of the hand cannot be
-    covered, and a mask of 60 pixels is half boundary. The truth scores >= 0.9 with
-      z_m (T,H,W)     true depth of view m: what falls more than 3 cm behind it is hidden, and does not count;
-      seen (T,H,W)    pixels of m that n truly sees (seen_by): only these can be missed;
-      slack           pixels by which either mask may be off.
+    It tells whether two views agree about the hand, be it right or wrong. The truth scores far below 1: what only m
+    sees of the hand is not covered, and a small mask is half boundary.
     """
-    thirds = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), -1).reshape(9, 1, 2) / 3  # of a pixel, to leave no holes
-    grow = lambda mask: binary_dilation(mask, np.ones((3, 3)), iterations=slack) if slack else mask
+    thirds = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), -1).reshape(9, 1, 2) / 3  # of a pixel: to leave no holes
     ious = []
     for t, own in enumerate(gripper_m):
-        hand = np.repeat(points[t][gripper_n[t]][None], 9, 0)  # (9, N, 3)
+        hand = np.repeat(points[t][gripper_n[t]][None], 9, 0)                        # (9, N, 3)
         hand[..., :2] += thirds / (intrinsics_n[0, 0], intrinsics_n[1, 1]) * hand[..., 2:]
-        row, column, z, shows = land(transform(hand, ref_in_m), intrinsics_m, own.shape)
-        if z_m is not None:
-            surface = z_m[t][row, column]  # 0: not measured
-            shows &= (surface <= 0) | (z < surface + NEAR)
+        hand_in_m = transform(hand, ref_in_m)
+        pixels, _ = data.project(hand_in_m[hand_in_m[..., 2] > 1e-3], intrinsics_m)  # (N, 2)
+        column, row = np.rint(pixels).astype(int).T
+        inside = (column >= 0) & (column < own.shape[1]) & (row >= 0) & (row < own.shape[0])
         shown = np.zeros(own.shape, bool)
-        shown[row[shows], column[shows]] = True
-        hit, wrong = (shown & grow(own)).sum(), (shown & ~grow(own)).sum()
-        missed = ((own if seen is None else own & seen[t]) & ~grow(shown)).sum()
-        ious.append(hit / (hit + wrong + missed) if hit + wrong + missed else np.nan)
+        shown[row[inside], column[inside]] = True
+        union = (shown | own).sum()
+        ious.append((shown & own).sum() / union if union else np.nan)
     return np.array(ious)
 
 
@@ -242,39 +222,30 @@ def score(clip, trajectory=None):
     points = clip["points"]
     off = np.linalg.norm(points - true, axis=-1)  # (V, T, H, W)
     for suffix, where in ("", valid), ("_moving", moving):
-        add("abs_rel" + suffix, abs_rel, points[..., 2], true[..., 2], where)
         add("points" + suffix, lambda x, chosen: mean(x[chosen]), off, where)
+    add("abs_rel", abs_rel, points[..., 2], true[..., 2], valid)
     add("delta1", delta1, points[..., 2], true[..., 2], valid)
     add("still", still_error, points, true, still)
     if "true_gripper" in clip:
         add("hand", lambda x, chosen: mean(x[chosen] < NEAR), off, valid & clip["true_gripper"].any(2))
+        for view in "nm"[:views]:
+            values |= {f"hand-{view} {horizon}": values[f"hand-{view}"][part] for horizon, part in HORIZONS.items()}
     values["chamfer"] = np.array([chamfer(points[:, t][clip["valid"][:, t]], true[:, t][valid[:, t]])
                                   for t in range(frames)])
     if "view_in_ref" in clip:
         apart = pose_errors(clip["view_in_ref"][1:], clip["true_view_in_ref"][1:])
         values["camera_m"], values["camera_deg"] = map(mean, apart)
     if "gripper" in clip and views > 1:
-        values.update(score_views(clip))
+        values["miou"] = mean([score_masks(clip, v) for v in range(1, views)], 0)
     return values
 
 
-def score_views(clip):
-    """The two cross-view mIoUs, mean over the views m: {figure: (T,) values}."""
-    true, valid, masks = clip["true_points"], clip["true_valid"], clip["gripper"]
-    truly = clip["true_gripper"].any(2) if "true_gripper" in clip else masks  # (V, T, H, W)
-    z_n = true[0, ..., 2] * valid[0]  # (T, H, W), 0: unknown
-    tables = {"miou_paper": [], "miou": []}
-    for v in range(1, len(true)):
-        ref_in_m = invert(clip["true_view_in_ref"][v])
-        z_m = transform(true[v], ref_in_m)[..., 2] * valid[v]
-        seen = valid[v] & np.stack([seen_by(p, z, clip["intrinsics"][0]) for p, z in zip(true[v], z_n)])
-        given = clip["points"][0], masks[0], masks[v], *clip["intrinsics"][[0, v]], ref_in_m
-        paper, ours = cross_view_miou(*given), cross_view_miou(*given, z_m, seen, slack=1)
-        paper[np.isnan(paper) & truly[v].any((1, 2))] = 0  # a hand that was found nowhere
-        tables["miou_paper"].append(paper)
-        shown = (truly[v] & seen).sum((1, 2)) >= FEWEST_SEEN
-        tables["miou"].append(np.where(shown, np.nan_to_num(ours), np.nan))
-    return {name: mean(table, 0) for name, table in tables.items()}
+def score_masks(clip, v):
+    """The mIoU (T,) of view v; 0 where the hand is truly in sight and was found in neither view."""
+    n, m = clip["gripper"][0], clip["gripper"][v]
+    iou = cross_view_miou(clip["points"][0], n, m, *clip["intrinsics"][[0, v]], invert(clip["true_view_in_ref"][v]))
+    in_sight = clip["true_gripper"][v].any((1, 2, 3)) if "true_gripper" in clip else m.any((1, 2))
+    return np.where(np.isnan(iou) & in_sight, 0, iou)
 
 
 def score_hands(trajectory, clip):
@@ -307,36 +278,35 @@ def hand_masks(clip, trajectory):
     """Where each view shows the hand, (V,T,H,W) bool: the hand drawn where it was tracked, where the view's own points
     lie there to 3 cm. So views that disagree about where the hand is are caught."""
     masks, hand, ref_in_view = np.zeros(clip["valid"].shape, bool), track.hand_model(), invert(clip["view_in_ref"])
-    z_seen = transform(clip["points"], ref_in_view)[..., 2]  # (V, T, H, W)
+    z_seen = transform(clip["points"], ref_in_view)[..., 2]                             # (V, T, H, W)
     for t, a in zip(*np.nonzero(~trajectory["lost"][1:])):
-        vertices = hand.vertices + trajectory["opening"][t + 1, a] * hand.vertex_slide[:, None] * [0, 1, 0]
+        vertices = hand.vertices + np.outer(trajectory["opening"][t + 1, a] * hand.vertex_slide, (0, 1, 0))
         in_view = [transform(vertices, one @ trajectory["gripper_in_ref"][t + 1, a]) for one in ref_in_view]
-        z, _ = data.rasterize(in_view, hand.faces, clip["intrinsics"], *masks.shape[2:])  # (V, H, W)
+        z, _ = data.rasterize(in_view, hand.faces, clip["intrinsics"], *masks.shape[2:])     # (V, H, W)
         masks[:, t] |= (z > 0) & (np.abs(z - z_seen[:, t]) < NEAR)
     return masks
 
 
-def last_frame_row(clip, view_in_ref=None):
-    """The observed frame repeated, with the true camera poses, which a model is not told, and the hand held still."""
+def last_frame_row(clip, told_poses=True):
+    """The observed frame repeated and the hand held still, with the true camera poses, which a model is not told, or
+    with each view's own points taken as they are."""
     frames = clip["rgb"].shape[1]
-    repeated = lambda x, axis, n=frames: np.repeat(np.expand_dims(x, axis), n, axis)
-    view_in_ref = clip["true_view_in_ref"] if view_in_ref is None else view_in_ref
+    view_in_ref = clip["true_view_in_ref"] if told_poses else np.tile(np.eye(4), (len(clip["rgb"]), 1, 1))
     own, valid = data.point_maps(clip["observed_depth"], clip["intrinsics"])
-    row = clip | dict(rgb=repeated(clip["observed_rgb"], 1), points=repeated(transform(own, view_in_ref), 1),
-                      valid=repeated(valid, 1), view_in_ref=view_in_ref)
-    if "observed_gripper" in clip:
-        row["gripper"] = repeated(clip["observed_gripper"].any(1), 1)
-    if "observed_gripper_in_ref" not in clip:
+    seen = dict(rgb=clip["observed_rgb"], points=transform(own, view_in_ref), valid=valid)
+    row = clip | {key: np.stack([x] * frames, 1) for key, x in seen.items()} | dict(view_in_ref=view_in_ref)
+    if not told_poses or not {"observed_gripper_in_ref", "observed_opening"} <= clip.keys():
         return row, None
-    path = dict(gripper_in_ref=repeated(clip["observed_gripper_in_ref"], 0, frames + 1),
-                opening=repeated(clip["observed_opening"], 0, frames + 1))
-    return row, path | dict(lost=np.zeros(path["opening"].shape, bool))
+    hand = dict(gripper_in_ref=clip["observed_gripper_in_ref"], opening=clip["observed_opening"],
+                lost=np.zeros(len(clip["observed_opening"]), bool))
+    still = {key: np.stack([x] * (frames + 1)) for key, x in hand.items()}
+    return row | dict(gripper=hand_masks(row, still)), still
 
 
 def code_row(clip, run):
     """The truth through the code and back, with the true cameras: no generator of these latents can do better."""
     tensors = data.to_tensors(clip)
-    true = (tensors[key][None, :, 1:].to(run.device) for key in ("rgb", "points"))  # (1, V, T, 3, H, W)
+    true = (tensors[key][None, :, 1:].to(run.device) for key in ("rgb", "points"))      # (1, V, T, 3, H, W)
     with torch.no_grad():
         rgb, points = (x[0].movedim(2, -1).cpu().numpy() for x in sample.decode(run, sample.encode_targets(run, *true)))
     return tracked(truth_row(clip) | dict(rgb=((rgb + 1) * 127.5).round().astype(np.uint8), points=points))
@@ -344,8 +314,7 @@ def code_row(clip, run):
 
 def baselines(run=None):
     """{label: make} of the rows that need no generator; make(clip) -> (clip, trajectory)."""
-    unmoved = lambda clip: (last_frame_row(clip, clip["true_view_in_ref"] * 0 + np.eye(4))[0], None)
-    rows = {"last frame repeated": last_frame_row, "own points unmoved": unmoved,
+    rows = {"last frame repeated": last_frame_row, "own points unmoved": lambda clip: last_frame_row(clip, False),
             "truth, tracked": lambda clip: tracked(truth_row(clip))}
     if run is not None and not run.model.rgb_only:
         rows["truth through the code"] = lambda clip: code_row(clip, run)
@@ -354,98 +323,74 @@ def baselines(run=None):
 
 # ------------------------------------------------------------------------------------------------ tables
 
-# figure: heading, factor to the table's unit, digits
+# figure, in the table's order: heading, factor to the table's unit, digits
 METRICS = {
-    "miou_paper": ("mIoU, paper's ↑", 1, 2), "miou": ("mIoU, co-visible ↑", 1, 2), "fvd": ("FVD ↓", 1, 0),
-    "mmd": ("MMD ↓", 1, 1), "abs_rel": ("AbsRel ↓", 1, 3), "delta1": ("delta1 ↑", 1, 3),
-    "points_moving": ("moving points, mm ↓", 1000, 0), "abs_rel_moving": ("AbsRel, moving ↓", 1, 3),
+    "miou": ("mIoU ↑", 1, 2), "fvd": ("FVD ↓", 1, 0), "mmd": ("MMD ↓", 1, 1), "abs_rel": ("AbsRel ↓", 1, 3),
+    "delta1": ("delta1 ↑", 1, 3), "points_moving": ("moving points, mm ↓", 1000, 0),
     "hand": ("hand within 30 mm ↑", 1, 2), "tracked": ("tracked ↑", 1, 2), "lost": ("lost ↓", 1, 2),
     "gripper_m": ("gripper, mm ↓", 1000, 0), "gripper_deg": ("gripper, deg ↓", 1, 1),
     "opening": ("opening, mm ↓", 1000, 1), "points": ("points, mm ↓", 1000, 0), "chamfer": ("chamfer, mm ↓", 1000, 1),
     "still": ("still pixels off, mm ↓", 1000, 1), "camera_m": ("camera, mm ↓", 1000, 0),
-    "camera_deg": ("camera, deg ↓", 1, 1), "psnr": ("PSNR, dB ↑", 1, 1), "ssim": ("SSIM ↑", 1, 3),
-    "psnr_same": ("PSNR, unchanged, dB ↑", 1, 1),
-}
-HORIZONS = {"0.5-1 s": slice(0, 2), "1.5-2.5 s": slice(2, 5), "3-5 s": slice(5, 10)}  # predicted frames at 2 Hz
-TABLES = {
-    "As in the paper": "miou_paper miou fvd-n fvd-m mmd-n mmd-m abs_rel-n abs_rel-m delta1-n delta1-m".split(),
-    "What moves": "points_moving-n points_moving-m abs_rel_moving-n abs_rel_moving-m".split()
-                  + [f"hand-{view} {horizon}" for horizon in HORIZONS for view in "nm"],
-    "The tracked hand": "tracked lost gripper_m gripper_deg opening".split(),
-    "The scene": "points-n points-m chamfer still-n still-m camera_m camera_deg psnr-n psnr-m psnr_same-n psnr_same-m "
-                 "ssim-n ssim-m".split(),
-}
-# Table 1 of the paper, below the columns of ours: tasks 1 / 2 / 3, or ranges over them
-PUBLISHED = """
-| *paper: ours* | .70 / .69 / .64 | - | 378-491 | 258-561 | - | - | .03-.06 | .11 (task 1) | .95-.98 | - |
-| *paper: w/o MV attention* | .41 / .44 / .26 | - | 451-597 | 302-607 | - | - | .10-.15 | .31 (task 1) | .75-.89 | - |
-"""
+    "camera_deg": ("camera, deg ↓", 1, 1), "psnr": ("PSNR, dB ↑", 1, 1), "psnr_same": ("PSNR, unchanged, dB ↑", 1, 1),
+    "ssim": ("SSIM ↑", 1, 3)}
+# Table 1 of the paper: tasks 1 / 2 / 3, or ranges over them
+PUBLISHED = {
+    "paper: ours": {"miou": ".70 / .69 / .64", "fvd-n": "378-491", "fvd-m": "258-561", "abs_rel-n": ".03-.06",
+                    "abs_rel-m": ".11 (task 1)", "delta1-n": ".95-.98"},
+    "paper: w/o MV attention": {"miou": ".41 / .44 / .26", "fvd-n": "451-597", "fvd-m": "302-607",
+                                "abs_rel-n": ".10-.15", "abs_rel-m": ".31 (task 1)", "delta1-n": ".75-.89"}}
 
 
-def column(name):
-    """'hand-n 3-5 s' -> heading, factor, digits."""
-    figure, where = re.fullmatch(r"(\w+)-?(.*)", name).groups()
-    heading, *rest = METRICS[figure]
-    return heading + (f" ({where})" if where else ""), *rest
-
-
-def score_row(clips, i3d, known):
+def score_row(clips, i3d, true_features):
     """One seed of one method: (name, clip, trajectory)s -> {name: figures}, {figure of the whole set: number}.
-    known: {video: I3D features (V, 400)}, filled as clips come; rows share videos."""
-    def features(video):
-        key = hashlib.sha256(np.ascontiguousarray(video)).digest()
-        if key not in known:
-            known[key] = i3d_features(i3d, video)
-        return known[key]
-
-    scores, videos, of_set = {}, [], {}
+    true_features: {name: I3D features (V, D) of the true videos}, filled here, for the next row."""
+    scores, pairs, of_set = {}, [], {}
     for name, clip, trajectory in clips:
         scores[name] = score(clip, trajectory)
         if i3d is not None and clip["rgb"].shape[1] >= 10:
-            videos.append((features(clip["rgb"]), features(clip["true_rgb"])))
-    for view, chosen in (("n", slice(0, 1)), ("m", slice(1, None))) if videos else ():
-        pred, true = (np.concatenate([part[chosen] for part in side]) for side in zip(*videos))
+            if name not in true_features:
+                true_features[name] = i3d_features(i3d, clip["true_rgb"])
+            pairs.append((i3d_features(i3d, clip["rgb"]), true_features[name]))
+    for view, chosen in ("n", slice(0, 1)), ("m", slice(1, None)):
+        pred, true = (np.concatenate([part[chosen] for part in side]) for side in zip(*pairs)) if pairs else ((), ())
         if len(pred) > 1:
             of_set |= {f"fvd-{view}": frechet_distance(pred, true), f"mmd-{view}": polynomial_mmd(pred, true)}
     return scores, of_set
 
 
 def summarise(seeds):
-    """A table's row out of score_row's results, one per seed: {figure: mean, spread, per_seed, horizon}. A clip's value
-    is the mean over its frames, a seed's over its clips; spread: sample standard deviation over seeds; horizon (T,)."""
+    """A table's row out of score_row's results, one per seed: {figure: mean, spread, per_seed}. A clip's value is the
+    mean over its frames, a seed's over its clips; spread: sample standard deviation over seeds, None of one."""
     row, everything = {}, [values for scores, of_set in seeds for values in [*scores.values(), of_set]]
     for name in dict.fromkeys(name for values in everything for name in values):
-        known = [[values[name] for values in scores.values() if name in values] for scores, _ in seeds]
-        per_seed = [float(of_set.get(name, mean([mean(v) for v in k]))) for k, (_, of_set) in zip(known, seeds)]
+        per_seed = [float(of_set.get(name, mean([mean(values[name]) for values in scores.values() if name in values])))
+                    for scores, of_set in seeds]
         row[name] = dict(mean=float(mean(per_seed)), per_seed=per_seed,
                          spread=float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None)
-        over_time = [v for k in known for v in k if np.ndim(v)]
-        if len({len(v) for v in over_time}) == 1:
-            row[name]["horizon"] = mean(over_time, 0).tolist()
     return row
 
 
 def cell(row, name):
-    """'0.061 ± 0.004' in the table's unit; 'n/a' for what is not known."""
-    (_, factor, digits), (figure, _, horizon) = column(name), name.partition(" ")
-    value, spread = (row.get(figure, {}).get(key, np.nan) for key in ("mean", "spread"))
-    if horizon:
-        value, spread = mean(row.get(figure, {}).get("horizon", [])[HORIZONS[horizon]]), None
-    if np.isnan(value):
-        return "n/a"
-    return f"{value * factor:.{digits}f}" + ("" if spread is None else f" ± {spread * factor:.{digits}f}")
+    """'0.061 ± 0.004' in the table's unit; nothing for what is not known."""
+    known, (_, factor, digits) = row.get(name), METRICS[name.split("-")[0]]
+    if known is None or np.isnan(known["mean"]):
+        return ""
+    return " ± ".join(f"{x * factor:.{digits}f}" for x in (known["mean"], known["spread"]) if x is not None)
 
 
 def markdown(rows, notes=()):
-    """TABLES of {label: row} as markdown, the published rows below the first."""
-    lines, published = [], PUBLISHED
-    for title, names in TABLES.items():
-        cells = {"": [column(name)[0] for name in names]}
-        cells |= {label: [cell(row, name) for name in names] for label, row in rows.items()}
-        heading, *rest = (f"| {' | '.join([label, *row])} |" for label, row in cells.items())
-        lines += [f"### {title}", "", heading, "|---" * (len(names) + 1) + "|", *rest]
-        lines[-1], published = lines[-1] + published, "\n"
-    return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
+    """{label: row} as a markdown table with a line for each figure that a row has, the published values beside it."""
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    labels = [*rows, *PUBLISHED]
+    padded = lambda cells: " | ".join(f"{x:>{max(13, len(label))}}" for x, label in zip(cells, labels))
+    lines = [f"| {'':33} | {padded(labels)} |", "|---" * (len(labels) + 1) + "|"]
+    for figure, (heading, _, _) in METRICS.items():
+        for name in (name for name in names if name.split("-")[0] == figure):
+            where = name.partition("-")[2]           # of which view, and when
+            title = heading + f" ({where})" * bool(where)
+            cells = [cell(row, name) for row in rows.values()] + [said.get(name, "") for said in PUBLISHED.values()]
+            lines.append(f"| {title:33} | {padded(cells)} |")
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
 def load_clip(folder):
@@ -471,14 +416,14 @@ def compare(methods, out, i3d=None, run=None):
             elif {"true_points", "true_view_in_ref"} <= clip.keys():
                 yield name, *make({key: clip[key] for key in clip if key != "gripper"})
 
-    out, network, known, scored = Path(out), load_i3d(i3d), {}, {}
-    first = next(iter(methods.values()))[0]
-    jobs = [(label, folders, tracked) for label, seeds in methods.items() for folders in seeds]
-    for job in jobs + [(label, first, make) for label, make in baselines(run).items()]:
-        row = score_row(clips_of(*job), network, known)
+    out, network, true_features, scored = Path(out), load_i3d(i3d), {}, {}
+    label, (first, *_) = next(iter(methods.items()))
+    jobs = [(method, folders, tracked) for method, seeds in methods.items() for folders in seeds]
+    for job in jobs + [(name, first, make) for name, make in baselines(run).items()]:
+        row = score_row(clips_of(*job), network, true_features)
         if row[0]:
             scored.setdefault(job[0], []).append(row)
-    table = {label: summarise(seeds) for label, seeds in scored.items()}
+    table = {method: summarise(seeds) for method, seeds in scored.items()}
     text = markdown(table, [
         f"{len(first)} clips, seeds: {max(map(len, scored.values()))} (±: standard deviation over them); n: the "
         f"reference view, m: others; moving: by over {1000 * data.MOVED:.0f} mm; unchanged: surface and colour.",
@@ -486,16 +431,22 @@ def compare(methods, out, i3d=None, run=None):
         "pixels: median, after each view's rigid drift. The repeated frame is told the true cameras.",
         f"FVD of {len(first)} clips is far above its value for many: compare rows only." if network else
         f"FVD, MMD: `hf download {' '.join(I3D)}` gets the I3D weights (25 MB); or --i3d FILE."])
-    per_clip = {label: [scores for scores, _ in seeds] for label, seeds in scored.items()}
-    results = json.dumps(dict(rows=table, per_clip=per_clip), default=lambda x: x.tolist())
-    write_json(out / "results.json", json.loads(results, parse_constant=lambda _: None))  # NaN becomes null
-    with data.writing(out / "results.md") as partial:
-        partial.write_text(text)
-    off = {name: mean(values.get("points-m", -values["psnr-n"])) for name, values in per_clip[jobs[0][0]][0].items()}
+    per_clip = {method: [scores for scores, _ in seeds] for method, seeds in scored.items()}
+    write_results(out, text, dict(rows=table, per_clip=per_clip))
+    off = {name: mean(values.get("points-m", -values["psnr-n"])) for name, values in per_clip[label][0].items()}
     worst = max(off, key=off.get)
     sample.contact_sheet(out / "worst.png", load_clip(first[worst]), f"the worst of {len(off)}: {worst}")
-    print(f"{text}\nwritten: {out}/results.json, results.md, worst.png")
+    print(f"the worst clip: {out}/worst.png")
     return table
+
+
+def write_results(out, text, values, name="results"):
+    """NAME.md and NAME.json, whose NaNs become null; and prints the first."""
+    values = json.dumps(values, default=lambda x: x.tolist())
+    write_json(out / f"{name}.json", json.loads(values, parse_constant=lambda _: None))
+    with data.writing(out / f"{name}.md") as partial:
+        partial.write_text(text)
+    print(f"{text}\nwritten: {out}/{name}.json, {name}.md")
 
 
 def weights_hash(run):
@@ -509,11 +460,8 @@ def weights_hash(run):
 
 def sample_clips(run, folder, count, out, seed=0, views=2, frames=10, steps=None):
     """Samples held-out clips 0..count-1 of packed episodes, numbered as by sample.py --clip: {name: folder below out}.
-
-    Those that are there stay if out/made_with.json names the same weights, data and settings; if not, they go.
-    """
-    out, size = Path(out), (run.model.preset.height, run.model.preset.width)
-    clips = data.Clips(folder, "test", size, views, frames)
+    Those that are there stay if out/made_with.json names the same weights, data and settings; if not, they go."""
+    clips = data.Clips(folder, "test", (run.model.preset.height, run.model.preset.width), views, frames)
     settings = dict(seed=seed, frames=frames, views=views, steps=steps, model=run.info, weights=weights_hash(run),
                     data={episode.folder.name: episode.info for episode in clips.episodes})
     if not clips.held_out:
@@ -526,7 +474,7 @@ def sample_clips(run, folder, count, out, seed=0, views=2, frames=10, steps=None
             stale.unlink()
     write_json(made_with, settings)
     made = {f"clip_{i:03d}": out / f"clip_{i:03d}" for i in range(count)}
-    for i, (name, path) in enumerate(tqdm(made.items(), desc=f"sampling {out}", unit="clip")):
+    for i, path in enumerate(tqdm(made.values(), desc=f"sampling {out}", unit="clip")):
         if not (path / "prediction.npz").exists():
             prediction = sample.predict(run, clips.clip(i), frames=frames, steps=steps, seed=1000 * seed + i)
             write_npz(path / "prediction.npz", prediction)
@@ -558,7 +506,7 @@ def train_ablation(task, folder, run, seeds, flags=()):
 
 ROLLOUT_SEED = 1_000_000    # worlds of rollouts count from here; training episodes are numbered from 0
 ASTRAY = 0.05               # m from the script's path at which a hand counts as having left it
-STRIDE = data.HZ // data.CLIP_HZ                            # steps of the world per frame of a clip
+STRIDE = data.HZ // data.CLIP_HZ  # steps of the world per frame of a clip
 LIMIT = 30                  # frames that a try may last: fifteen seconds
 CANDIDATES = 16             # cameras of which a try takes those that see most of the hand
 FAILURES = ("generation", "tracking", "execution")
@@ -578,9 +526,10 @@ def place_cameras(world, draw, size, views=2):
         if t % STRIDE == 0:
             label = world.film(*small)[2]
             seen.append([(label == arm).sum((1, 2)) for arm in range(1, 1 + len(world.opening))])
+    seen = np.array(seen)                                                               # (frames, arms, cameras)
     for _ in range(views):
-        shown = {c: np.array(seen)[..., [*chosen, c]].max(-1) for c in range(CANDIDATES) if c not in chosen}
-        chosen.append(max(shown, key=lambda c: (shown[c].min(), shown[c].sum())))  # (frames, arms)
+        shown = {c: seen[..., [*chosen, c]].max(-1) for c in range(CANDIDATES) if c not in chosen}
+        chosen.append(max(shown, key=lambda c: (shown[c].min(), shown[c].sum())))
     return intrinsics[chosen], cam_in_world[chosen]
 
 
@@ -632,7 +581,9 @@ def rollout(task, seed, size, imagine, generated, views=2, acted=10, film=None):
     world.reset(seed)
     script = world.demonstration[0]
     cameras = place_cameras(world, np.random.default_rng([task, seed, 2]), size, views)
-    watch = lambda: None if film is None else film.append(world.film(*cameras, size)[0][0])
+    large = tuple(max(1, round(240 / size[0])) * pixels for pixels in size)
+    view = data.scale_intrinsics(cameras[0][:1], size, large), cameras[1][:1], large
+    watch = lambda: None if film is None else film.append(world.film(*view)[0][0])
     for frame in range(0, LIMIT, acted):
         clip = imagine(world, frame * STRIDE, cameras, size)
         if clip is None:
@@ -651,17 +602,17 @@ def rollout(task, seed, size, imagine, generated, views=2, acted=10, film=None):
 
 def rollouts(task, count, out, run=None, size=(128, 160), views=2, acted=10, frames=10, steps=None):
     """Success of a run, of the oracle and of holding still on the same worlds; writes rollouts.json and .md."""
-    imagine = {"oracle: the true future": (lambda *now: scripted_future(*now, frames), False),
-               "hold still": (lambda *_: None, False)}
-    if run is not None:
-        predict = lambda world, step, cameras, size: sample.predict(run, world.observe(*cameras, size), frames=frames,
-                                                                    steps=steps, seed=step)
-        imagine = {"ours": (predict, True), **imagine}
-    outcomes, out, started = {label: [] for label in imagine}, Path(out), time.time()
+    def ours(world, step, cameras, size):
+        return sample.predict(run, world.observe(*cameras, size), frames=frames, steps=steps, seed=step)
+
+    imagine = {"ours": ours, "oracle: the true future": lambda *now: scripted_future(*now, frames),
+               "hold still": lambda *_: None}
+    outcomes = {label: [] for label in imagine if label != "ours" or run is not None}
+    out, started = Path(out), time.time()
     for i in tqdm(range(count), desc="rollouts", unit="try"):
-        for label, how in imagine.items():
-            film = [] if i == 0 else None
-            outcomes[label].append(rollout(task, ROLLOUT_SEED + i, size, *how, views, acted, film))
+        for label in outcomes:
+            film, seed = [] if i == 0 else None, ROLLOUT_SEED + i
+            outcomes[label].append(rollout(task, seed, size, imagine[label], label == "ours", views, acted, film))
             if film:
                 seconds = np.arange(1, 1 + len(film)) / data.CLIP_HZ
                 data.write_gif(out / f"{label.split(':')[0]}.gif", film, data.CLIP_HZ, seconds)
@@ -672,13 +623,13 @@ def rollouts(task, count, out, run=None, size=(128, 160), views=2, acted=10, fra
         won, failed = found.count("success"), " | ".join(str(found.count(reason)) for reason in FAILURES)
         low, high = wilson_interval(won, count)
         lines.append(f"| {label} | {won}/{count} = {won / count:.2f} | {low:.2f}-{high:.2f} | {failed} |")
-    settings = dict(task=task, size=size, views=views, acted=acted, frames=frames, steps=steps, limit=LIMIT)
+    settings = dict(task=task, size=data.size_text(size), views=views, acted=acted, frames=frames,
+                    steps=steps or "the preset's", limit=LIMIT)
     lines += [f"| *paper: ours, 30 rollouts* | {PUBLISHED_SUCCESS[task]} | | | | |", "",
-              "- " + ", ".join(f"{key} {value}" for key, value in settings.items())]
-    write_json(out / "rollouts.json", settings | dict(weights=run and weights_hash(run), outcomes=outcomes))
-    with data.writing(out / "rollouts.md") as partial:
-        partial.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), f"\nwritten: {out}/rollouts.json, rollouts.md, *.gif")
+              "- " + ", ".join(f"{key} {value}" for key, value in settings.items()), ""]
+    results = settings | dict(weights=run and weights_hash(run), outcomes=outcomes)
+    write_results(out, "\n".join(lines), results, "rollouts")
+    print(f"the first try of each row: {out}/*.gif")
     return outcomes
 
 
@@ -691,26 +642,29 @@ def wilson_interval(successes, trials, z=1.96):
 
 # ------------------------------------------------------------------------------------------------ commands
 
-FLAGS = {           # type, which commands do something with it (in the others it is refused), help
+MODES = {"clips": "held-out clips (no mode flag)", "predictions": "--predictions", "ablation": "--ablation",
+         "rollout": "--rollout"}
+FLAGS = {  # type, the modes that do something with it (the others refuse it), help
     "data": (str, "clips ablation", "packed episodes [data/task_N]"),
     "run": (str, "clips ablation rollout", "folder that train.py wrote [runs/task_N]"),
     "out": (str, "clips predictions ablation rollout", "folder of results [RUN/evaluation, /ablation, /rollouts; DIR]"),
     "clips": (int, "clips ablation", "held-out clips to sample and score [24]"),
     "views": (int, "clips ablation rollout", "views of a clip, the first is the reference [2]"),
     "frames": (int, "clips ablation rollout", "frames to predict, two a second [10]"),
-    "steps": (int, "clips ablation rollout", "steps of the sampler [sample.py's]"),
+    "steps": (int, "clips ablation rollout", "steps of the sampler [1 of the small presets, 8 of svd]"),
     "seeds": (int, "clips ablation", "of the sampler's noise, and of the training with --ablation [0 1]"),
     "i3d": (str, "clips predictions ablation", "TorchScript I3D for FVD and MMD [the hub's, if it was downloaded]"),
-    "minutes": (float, "ablation", "to train each row and seed [train.py's]"),
+    "minutes": (float, "ablation", "minutes to train each row and seed [train.py's steps]"),
     "train_steps": (int, "ablation", "the same in steps [train.py's]"),
     "preset": (str, "ablation", "of the models [train.py's]"),
     "execute": (int, "rollout", "frames to act on before looking again [--frames]"),
-    "size": (data.parse_size, "rollout", "HxW of what is filmed [the model's; 128x160 without one]"),
+    "size": (data.parse_size, "rollout", "HxW pixels of what is filmed [the model's; 128x160 without one]"),
 }
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="example: python evaluate.py --task 1 "
+                                     "--run tests/data/trained --clips 4 --seeds 0 --out runs/trained")
     tasks = "; ".join(f"{number} {task.name}" for number, task in data.TASKS.items())
     parser.add_argument("--task", type=int, choices=data.TASKS, help=tasks)
     command = parser.add_mutually_exclusive_group()
@@ -718,14 +672,15 @@ def parse():
                          "(V,T,H,W) in it, from SAM 2, say, takes the place of the tracker's masks")
     command.add_argument("--ablation", action="store_const", const=True, help="train and score the paper's four rows")
     command.add_argument("--rollout", type=int, metavar="N", help="N closed-loop tries, with RUN's model if any")
-    for name, (kind, _, text) in FLAGS.items():
+    for name, (kind, modes, text) in FLAGS.items():
+        text = text if " " in modes else f"{MODES[modes]}: {text}"
         parser.add_argument(f"--{name}", type=kind, help=text, nargs="+" if name == "seeds" else None)
     args = parser.parse_args()
-    modes = [mode for mode in ("predictions", "ablation", "rollout") if getattr(args, mode) is not None]
-    args.mode = (modes + ["clips"])[0]
+    args.mode = next((mode for mode in MODES if getattr(args, mode) is not None and mode != "clips"), "clips")
     for name, value in vars(args).items():
-        if name in FLAGS and value is not None and args.mode not in FLAGS[name][1]:
-            raise ValueError(f"--{name} does nothing for {args.mode}, only for {FLAGS[name][1]}: leave it out")
+        if name in FLAGS and value is not None and args.mode not in FLAGS[name][1].split():
+            raise ValueError(f"--{name} does nothing for {MODES[args.mode]}: leave it out; it is for "
+                             + " and ".join(MODES[mode] for mode in FLAGS[name][1].split()))
         if type(value) in (int, float) and value < (least := {"views": 2, "minutes": 0.01}.get(name, 1)):
             raise ValueError(f"--{name} {value}: at least {least} is needed")
     args.views, args.frames, args.seeds = args.views or 2, args.frames or 10, args.seeds or [0, 1]
@@ -738,30 +693,28 @@ def parse():
 
 
 def load(folder):
-    """A run on the GPU if there is one, where the paper's model goes in bf16: it loses nothing by it."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    half = sample.read_info(folder)["preset"]["clip"] and device == "cuda"
-    return sample.load_run(folder, device, torch.bfloat16 if half else torch.float32)
+    return sample.load_run(folder, *sample.fastest(sample.read_info(folder)["preset"]["clip"]))
 
 
 def score_task(args, run, folder, out):
     """Samples, tracks and scores the held-out clips with RUN, or with the four rows of the ablation."""
-    runs, methods = {"ours": [run] * len(args.seeds)}, {}
+    runs, methods, count = {"ours": [run] * len(args.seeds)}, {}, args.clips or 24
     if args.ablation:
         flags = {"--minutes": args.minutes, "--steps": args.train_steps, "--preset": args.preset}
         flags = [word for flag in flags.items() if flag[1] for word in flag]
+        print(f"{len(ABLATION) * len(args.seeds)} trainings" + (f" of {args.minutes:g} minutes" if args.minutes else
+                                                               " of train.py's length (--minutes M to say another)"))
         runs = train_ablation(args.task, folder, run, args.seeds, flags)
-    count, rows = args.clips or 24, len(runs) * len(args.seeds)
     for label, trained, seed in ((label, *pair) for label in runs for pair in zip(runs[label], args.seeds)):
-        loaded, target = load(trained), trained / "evaluation" / f"seed_{seed}"
+        loaded, target = load(trained), (trained / "evaluation" if args.ablation else out) / f"seed_{seed}"
         make = lambda n: sample_clips(loaded, folder, n, target, seed, args.views, args.frames, args.steps)
-        if not methods:
-            started = time.time()
+        if not methods:                              # the first clip tells how long all will take
+            times, rows = [time.time()], len(runs) * len(args.seeds)
             first, = make(1).values()
-            sampled = time.time()
+            times.append(time.time())
             score_row([("", *tracked(load_clip(first)))], load_i3d(args.i3d), {})
-            seconds = rows * (sampled - started) + (rows + 3) * (time.time() - sampled)
-            print(f"{count} clips, {rows} times: about {count * seconds / 60:.0f} min")
+            sampling, scoring = np.diff([*times, time.time()]) * count / 60
+            print(f"{count} clips, {rows} times: about {rows * sampling + (rows + 3) * scoring:.0f} min")
         methods.setdefault(label, []).append(make(count))
     compare(methods, out, args.i3d, load(runs["ours"][0]))
 
@@ -784,9 +737,10 @@ def main():
         loaded = load(run)
         size = args.size or (loaded.model.preset.height, loaded.model.preset.width)
         if loaded.model.rgb_only:
-            raise ValueError(f"{run} generates RGB only: no points to track in --rollout")
+            raise ValueError(f"{run} generates RGB only, no points to track: --rollout needs a run without --rgb_only")
     else:
-        print(f"no model in {run}: oracle and hold-still rows only")
+        print(f"no model in {run}: oracle and hold-still rows only (make one, `python train.py --task {args.task}`, "
+              "or give --run)")
     rollouts(args.task, args.rollout, out, loaded, size, args.views, args.execute, args.frames, args.steps)
 
 

@@ -4,13 +4,12 @@
     net = Model4D(PRESETS["tiny"])                                   # from scratch
     net = Model4D.from_pretrained(PRESETS["svd"], dtype=torch.bfloat16)
 
-Every view of a scene goes through the U-Net as two streams, an RGB video and a pointmap video. All streams share
-encoder and middle. Decoder A writes the RGB of every view and the pointmap of view 0, the reference. Decoder B writes
-the pointmaps of the other views *in the reference camera's frame*; to know where that frame is, each of its layers
-looks at what the reference's pointmap had there, through cross-view attention. See `Model4D.forward`.
+Every view of a scene goes through the U-Net as two streams, an RGB video and a pointmap video, which share encoder and
+middle. Decoder A writes the RGB of every view and the pointmap of view 0, the reference. Decoder B writes the pointmaps
+of the other views *in the reference camera's frame*: each of its layers looks at what the reference's pointmap had
+there, through cross-view attention. See `Model4D.forward`.
 
-Attributes are named as the keys of the published files (`down_blocks.0.attentions.1.proj_in.weight`), so that these
-load with strict=True and no renaming.
+Attributes are named as the keys of the published files, so that these load with strict=True and no renaming.
 
 Letters: B samples (in the U-Net: clips), V views (view 0 the reference), S streams (0 RGB, 1 pointmap), T frames, C
 channels, h w latent cells, N rows of tokens, L context tokens, D width of one, E width of the time embedding.
@@ -50,7 +49,7 @@ class Preset:
     unet: dict                # as the hub's unet/config.json; keys of our own: see unet_config
     vae: dict                 # as the hub's vae/config.json, or {"patch_size", "components"}: a linear code
     clip: dict = None         # as the hub's image_encoder/config.json; None: one learned token instead
-    prediction: str = "v"     # what the U-Net predicts: "v" as in SVD, or "change", see `precondition`
+    prediction: str = "v"     # what the U-Net predicts: "v" as in SVD, or "change", see Model4D.forward
     sigma_min: float = 0.002  # noise levels that sampling starts and ends with
     sigma_max: float = 700.0
     view_heads: int = 8       # heads of the cross-view attention
@@ -63,12 +62,13 @@ class Preset:
 def unet_config(channels, heads, layers, latent_channels, context, groups, attention_levels):
     """The hub's U-Net config, for a network trained from scratch, with two keys that the hub's lacks: norm_num_groups
     of every GroupNorm (absent: 32), and temporal_on_stills, whether single frames go through the layers along time.
+    It writes one channel more than the latents have: see Model4D.forward.
 
     attention_levels: how many levels have transformers, counted from the finest, or their numbers (the middle always
     has one)."""
     chosen = range(attention_levels) if isinstance(attention_levels, int) else attention_levels
     attends = ["CrossAttn" * (level in chosen) for level in range(len(channels))]
-    return dict(in_channels=2 * latent_channels, out_channels=latent_channels, block_out_channels=list(channels),
+    return dict(in_channels=2 * latent_channels, out_channels=latent_channels + 1, block_out_channels=list(channels),
                 num_attention_heads=list(heads), layers_per_block=layers, transformer_layers_per_block=1,
                 cross_attention_dim=context, addition_time_embed_dim=32, projection_class_embeddings_input_dim=96,
                 down_block_types=[f"{cross}DownBlockSpatioTemporal" for cross in attends],
@@ -122,7 +122,7 @@ def count(module):
 
 def load_pretrained(module_class, folder_or_repo, subfolder=None, dtype=torch.float32, device="cpu"):
     """A module with the weights of a folder in the hub's layout (config.json beside .safetensors files), or of a hub
-    repo, which is downloaded first. Raises a one-line ValueError."""
+    repo, which is downloaded first."""
     half = dtype in (torch.float16, torch.bfloat16)
     folder = hub_folder(folder_or_repo, subfolder or "", half)
     config = read_json(folder / "config.json", "give a folder in the hub's layout, or download it again")
@@ -159,10 +159,10 @@ def hub_folder(folder_or_repo, subfolder, half):
                 return Path(root) / subfolder
         except Exception as error:                               # the client has many types for "no" and "not now"
             failure = failure or error
-    if isinstance(failure, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        raise ValueError(f"{repo}/{subfolder} is not in the cache and the hub can't be reached ("
-                         f"{type(failure).__name__}): you are offline? Connect, or pass the folder of a local copy")
     why = type(failure).__name__ if failure else "it has no .safetensors"
+    if isinstance(failure, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        raise ValueError(f"{repo}/{subfolder} is not in the cache and the hub can't be reached ({why}): you are "
+                         "offline? Connect, or pass the folder of a local copy")
     raise ValueError(f"can't download {repo}/{subfolder} ({why}): accept its licence at https://huggingface.co/{repo} "
                      "and run `hf auth login`, or pass the folder of a local copy")
 
@@ -615,14 +615,11 @@ def clip_preprocess(images, size=224):
 
 # -------------------------------------------------------------------------------------- the 4D model
 
-def precondition(sigma, prediction="v"):
+def precondition(sigma):
     """EDM's scalings for data of unit variance: the clean estimate is D_x = c_skip x + c_out F(c_in x; c_noise).
 
-    sigma: noise levels > 0 -> c_skip, c_out, c_in, c_noise, of its shape. prediction: "v", as SVD was trained; or
-    "change", where F is what differs from the observed frame, which Model4D adds: what stays is sharp at once."""
+    sigma: noise levels > 0 -> c_skip, c_out, c_in, c_noise, of its shape, as SVD was trained (v-prediction)."""
     total = sigma ** 2 + 1
-    if prediction == "change":
-        return torch.zeros_like(sigma), torch.ones_like(sigma), 1 / total.sqrt(), sigma.log() / 4
     return 1 / total, -sigma / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
 
 
@@ -736,13 +733,15 @@ class Model4D(nn.Module):
             raise ValueError(f"noisy has {S} streams a view, this model has {2 - self.rgb_only}")
         if (image_embeds is None) != (self.preset.clip is None):
             raise ValueError("image_embeds (B, V, D) are needed by presets with a CLIP encoder, and only by them")
-        scalings = precondition(sigma.to(torch.promote_types(sigma.dtype, torch.float32)), self.preset.prediction)
+        scalings = precondition(sigma.to(torch.promote_types(sigma.dtype, torch.float32)))
         c_skip, c_out, c_in, c_noise = (rearrange(c, "b -> b 1 1 1 1 1 1") for c in scalings)
         if frame_index is None:
             frame_index = torch.arange(T, device=noisy.device).expand(B, T)
 
         # 1. Encoder and middle: every stream of every view is a clip like any other.
-        x = torch.cat([(c_in * noisy).to(cond.dtype), repeat(cond, "b v s c h w -> b v s t c h w", t=T)], 4)
+        # ("change" is given the best linear guess, which fades out as the noise grows: of pure noise nothing is left.)
+        scaled = noisy * (c_in if self.preset.prediction == "v" else c_skip)
+        x = torch.cat([scaled.to(cond.dtype), repeat(cond, "b v s c h w -> b v s t c h w", t=T)], 4)
         x = rearrange(x, "b v s t c h w -> (s v b t) c h w")
         ids = torch.tensor([FPS_ID, MOTION_BUCKET, NOISE_AUGMENTATION], dtype=c_noise.dtype, device=noisy.device)
         c = self.unet.condition(c_noise.flatten().repeat(S * V), self.tokens(image_embeds, B, V, S),
@@ -762,8 +761,13 @@ class Model4D(nn.Module):
                                     self.cross_view, reference)
             F_x = torch.cat([F_x, F_b])
         F_x = rearrange(F_x.to(noisy.dtype), "(s v b t) c h w -> b v s t c h w", s=S, v=V, b=B)
-        D_x = c_skip.to(noisy.dtype) * noisy + c_out.to(noisy.dtype) * F_x
-        return D_x + rearrange(cond, "b v s c h w -> b v s 1 c h w") if self.preset.prediction == "change" else D_x
+        if self.preset.prediction == "v":
+            return c_skip.to(noisy.dtype) * noisy + c_out.to(noisy.dtype) * F_x
+
+        # "change": what differs from the observed frame, so that what stays is sharp at once, and, in the last channel,
+        # a gate on that frame: where the arm leaves, one number erases it.
+        change, gate = F_x.split([F_x.shape[4] - 1, 1], 4)
+        return (1 + gate) * rearrange(cond, "b v s c h w -> b v s 1 c h w") + change
 
     def tokens(self, image_embeds, B, V, S):
         """The context token of every clip, ((s v b), 1, D): of its own view, or learned where there is no CLIP."""

@@ -29,27 +29,31 @@ from tqdm import tqdm
 
 import data
 from data import gripper_mesh, invert, load_mesh, pose_errors, rasterize, rigid_fit, transform, unproject
+from sample import write_film
 
 STROKE = 0.08                          # m, the hand's widest opening
 WIDTHS = np.linspace(0, STROKE, 33)    # m, the openings that are tried
 HALF_TURN = np.diag([-1.0, -1, 1, 1])  # about the approach axis: the hand onto itself, fingers swapped
 
-# Tuned on recorded episodes, draws 0, 1 and 2 of tests/bench_track.py
+# Tuned on recorded episodes, draws 0, 1 and 2 of tests/bench_track.py; WELL and MIN_FIT on synthetic clips at 64 x 80,
+# true and as tests/data/trained generates them
 AGREE = 0.012                          # m along the ray: model and measurement are one surface; a finger's, half
 NOISY = 0.001                          # m: depth that fluctuates more is a generator's, and is mended
 SIGMAS = 3                             # of that fluctuation, or of NOISY: what changed by less is scenery
 DRIFT = 0.05                           # m that a generated view may be off as a whole
 FLANGE = 0.09                          # m around the flange, behind the hand: what is there turns with it
 SAMPLE = 4000                          # scene points, at most, that a fit uses
-VOXEL, SEARCHED = 0.03, 120            # m and model points, of the search: as fine as ICP needs it
-REACH, TURN = 0.3, 45                  # m and degrees a hand may go in half a second
-HYPOTHESES = 48                        # places that the search hands to ICP, half of them without a turn
+VOXEL, SEARCHED = 0.03, 60            # m and model points, of the search: as fine as ICP needs it
+REACH, TURN = 0.3, 45                  # m and degrees a hand goes in half a second; twice as many seldom
+HYPOTHESES = 32                        # places that the search hands to ICP, half of them without a turn
 ROUNDS = 0.06, 0.03, 0.015             # m, how far a correspondence reaches in each round of ICP
 SLIP = 0.1                             # resistance to sliding along the planes of a fit; a third in the last one
 THROUGH = 5                            # points that one weighs which a camera looks through: occlusion is common
 TRAVEL = 0.15, 30, 10                  # so many m or degrees from where a hand is expected cost so many points
 MIN_AGREE, MIN_SHARE = 30, 0.75        # of a believed pose: points that agree, and their share of those in view
-MIN_SCORE, MIN_SCORE_ANEW = 0.55, 0.7  # its score a point in view; the same after a loss, or to need no search
+MIN_SCORE, MIN_SCORE_ANEW = 0.55, 0.7  # its score a point in view; the same after a loss
+MIN_FIT = 0.33                         # its score a point in view times how near measured points are; more in noise
+WELL = (0.85, 0.75), (0.78, 0)         # score a point in view, share in view: needs no search; no search of far turns
 CHANGE = 3, 7                          # points that moving fingers cost while the hand rests, and while it moves
 EVENT = 0.007                          # m, the fingers' way beyond which they have closed or opened
 
@@ -150,13 +154,14 @@ def gauss_newton(source, target, normal, weight, centre, slip):
 
 
 def icp(source, target, target_normals=None, init=None, max_correspondence_distance=0.02, max_iteration=30, *,
-        source_normals=None, weight=None, kernel="tukey", slip=0.0, tolerance=1e-6, tree=None):
+        source_normals=None, weight=None, kernel="tukey", slip=0.0, tolerance=1e-6, tree=None, rate=True):
     """Iterative closest point from one or many starting poses at once.
 
     source (N,3), or (K,N,3) one set a start; target (M,3); init (4,4) or (K,4,4) [identity]. Planes are those of
     source_normals if given (a rendered model's have no noise), else of target_normals; with both, only pairs that face
     the same side count; with neither it is point-to-point. weight (N,) or (K,N); kernel "tukey", 0 at
     max_correspondence_distance, or "none"; tree: target's cKDTree. Ends when no start moves by more than `tolerance`.
+    rate=False saves the last look-up, and leaves fitness and rmse those before the last step.
     Returns transformation (4,4), source to target; fitness, inliers / points in the source; inlier_rmse, m; of K starts
     each with a leading K.
     """
@@ -169,6 +174,8 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
     used, tree = weight > 0, tree or cKDTree(target, balanced_tree=False)
     distance, index = np.full(weight.shape, np.inf), np.zeros(weight.shape, int)
     for iteration in range(max_iteration + 1):
+        if iteration == max_iteration and not rate:
+            break
         moved = source @ T[:, :3, :3].mT + T[:, None, :3, 3]                                # (K,N,3)
         distance[used], index[used] = tree.query(moved[used], distance_upper_bound=max_correspondence_distance)
         inlier = distance < max_correspondence_distance
@@ -223,9 +230,9 @@ def change_of(depth, observed):
 def read_frame(points, valid, observed, here):
     """The scene of one predicted frame: points (V,H,W,3) in ref, valid (V,H,W); `here` (V,H,W), where hands were.
 
-    A generator's depth is mended with what the observed scene knows. Scenery does not move: the rigid motion that takes
-    it back to the observed points is the view's drift. A pixel's point lies on its ray: what is beside it is noise, as
-    is what differs from the median of 3 x 3.
+    Scenery is what has not changed, and what comes to light and goes on from that. It does not move: where a generator
+    drew the depth, the rigid motion that takes it back to the observed points is the view's drift. A pixel's point lies
+    on its ray: what is beside it is noise, as is what differs from the median of 3 x 3.
     """
     depth, noise, still = np.zeros(valid.shape, np.float32), np.zeros(len(valid)), np.zeros(valid.shape, bool)
     for v, ref_in_view in enumerate(observed.ref_in_view):
@@ -246,8 +253,22 @@ def read_frame(points, valid, observed, here):
             change, noise[v] = change_of(z, observed.depth[v])
         if SIGMAS * noise[v] > DRIFT:                     # tells no pose from another
             z = 0 * z
-        depth[v], still[v] = z.clip(0), (change < SIGMAS * max(noise[v], NOISY)) & ~here[v]
+        depth[v], tolerance = z.clip(0), SIGMAS * max(noise[v], NOISY)
+        still[v] = (change < tolerance) & ~here[v]
+        bare = depth[v] > observed.depth[v] + max(AGREE, tolerance)
+        still[v] |= bare & (continues(depth[v], still[v], bare, tolerance)
+                            | continues(depth[v].T, still[v].T, bare.T, tolerance).T)
     return make_scene(depth, observed.intrinsics, observed.view_in_ref, noise, still)
+
+
+def continues(depth, still, bare, tolerance):
+    """Which pixels (H,W) of rows with `bare` ones lie in line with the scenery on both sides: planes are linear in
+    1 / depth. There the scenery goes on that something hid before."""
+    line = np.zeros(depth.shape, np.float32)
+    for y in np.flatnonzero(bare.any(1) & still.any(1)):
+        x = np.flatnonzero(still[y])
+        line[y] = np.interp(np.arange(depth.shape[1]), x, 1 / depth[y, x], 0, 0)
+    return np.abs(1 / np.maximum(line, 1e-3) - depth) < tolerance
 
 
 def look_up(scene, v, points):
@@ -296,16 +317,16 @@ def compare(model, scene, poses, opening, count=None, slack=0.0, fingers=False):
     poses (K,4,4) gripper_in_ref, opening (K,); slack, m: for poses still rough; fingers: judge these, finely.
     Returns a namespace: points (K,N,3) in ref; visible (K,N), facing some camera with nothing of the hand before it;
     shown (K,N), of these what the scene does not hide; and, counted in points over all views, (K,) each: agree;
-    through, looked through or on scenery; in_view, not hidden; blank, not measured; score = agree - THROUGH * through,
-    for an arm or the held object often hides the hand, and nearly never does one look through it. Nothing is said by
-    what is not measured, by an outline, which when right is a pixel off as often as not, nor by the mount on scenery,
-    for an arm that slides along itself looks the same.
+    through, looked through or on scenery; in_view, not hidden; score = agree - THROUGH * through, for an arm or the
+    held object often hides the hand, and nearly never does one look through it; clear and blank, the shares of all that
+    are in view and that are not measured. Nothing is said by what is not measured, by an outline, which when right is a
+    pixel off as often as not, nor by the mount on scenery, for an arm that slides along itself looks the same.
     """
     K, N, (_, H, W) = len(poses), len(model.points[:count]), scene.depth.shape
     in_gripper = at_opening(model, opening, N)                                              # (K,N,3)
     points = (in_gripper @ poses[:, :3, :3].mT + poses[:, None, :3, 3]).astype(np.float32)
     outward = np.einsum("kni,ni->kn", in_gripper, model.normals[:N])
-    visible, shown, totals = np.zeros((K, N), bool), np.zeros((K, N), bool), np.zeros((4, K))
+    visible, shown, totals = np.zeros((K, N), bool), np.zeros((K, N), bool), np.zeros((5, K))
     for v in np.flatnonzero(scene.depth.any((1, 2))):     # a dead camera sees nothing
         away = scene.view_in_ref[v, :3, 3] - poses[:, :3, 3]
         camera = (away[:, None] @ poses[:, :3, :3])[:, 0]                                   # (K,3) in gripper
@@ -336,10 +357,12 @@ def compare(model, scene, poses, opening, count=None, slack=0.0, fingers=False):
         visible[k, n] = True
         shown[k[~hidden], n[~hidden]] = True
         totals += [np.bincount(k, what, K) for what in (np.where(close & ~still, 1 - (gap / tolerance)**2, 0),
-                                                        (gap > tolerance) | (close & still), gap > -tolerance, blank)]
-    agree, through, in_view, blank = totals
+                                                        (gap > tolerance) | (close & still), gap > -tolerance,
+                                                        blank, z > 0)]
+    agree, through, in_view, blank, every = totals
+    clear, blank = (count / np.maximum(every, 1) for count in (in_view, blank))
     return SimpleNamespace(points=points, visible=visible, shown=shown, agree=agree, through=through, in_view=in_view,
-                           blank=blank, score=agree - THROUGH * through)
+                           clear=clear, blank=blank, score=agree - THROUGH * through)
 
 
 # ------------------------------------------------------------------------------------------------------ the search
@@ -352,8 +375,9 @@ def all_rotations(count):
     return Rotation.from_quat(np.stack([r * np.sin(a), r * np.cos(a), R * np.sin(b), R * np.cos(b)], 1)).as_matrix()
 
 
-TURNS = all_rotations(600)
-TURNS = np.concatenate([np.eye(3)[None], TURNS[data.rotation_angle(TURNS) < np.radians(TURN)]])      # no turn first
+TURNS = all_rotations(600)             # about 30 degrees apart
+ANGLES = np.degrees(data.rotation_angle(TURNS))
+TURNS = np.concatenate([np.eye(3)[None], TURNS[ANGLES < TURN]]), TURNS[(ANGLES >= TURN) & (ANGLES < 2 * TURN)]
 
 
 def search(model, scene, centre, radius, rotations, peaks):
@@ -400,14 +424,14 @@ def refine(model, scene, cloud, poses, opening, distance, count=None, slip=SLIP,
     few = np.argsort(~weight, axis=1, kind="stable")[:, :max(1, weight.sum(1).max())]       # the others would cost time
     source = np.take_along_axis(at_opening(model, opening), few[..., None], 1)              # (K,n,3)
     return icp(source, cloud.points, cloud.normals, poses, distance, iterations, source_normals=model.normals[few],
-               weight=np.take_along_axis(weight, few, 1), slip=slip, tree=cloud.tree)
+               weight=np.take_along_axis(weight, few, 1), slip=slip, tree=cloud.tree, rate=not iterations)
 
 
-def settle(hand, scene, cloud, poses, cost, keep=3):
+def settle(hand, scene, cloud, poses, cost, keep=3, most=HYPOTHESES):
     """Hypotheses -> the best `keep` of them, refined without the fingers, which may have moved.
 
-    A funnel: each round of ICP has half the hypotheses, more points and a stricter judge, and no two of what it leaves
-    are the same for all points around the flange. cost(poses) (K,) comes off their scores.
+    A funnel: each round of ICP has half the hypotheses, or of `most`, more points and a stricter judge, and no two of
+    what it leaves are the same for all points around the flange. cost(poses) (K,) comes off their scores.
     """
     for distance in ROUNDS:
         count = int(len(hand.points) * ROUNDS[-1] / distance)
@@ -416,7 +440,7 @@ def settle(hand, scene, cloud, poses, cost, keep=3):
         score = compare(hand, scene, poses, closed, count, distance / 2).score * len(hand.points) / count
         shift, turn = pose_errors(poses[:, None], poses[None])                              # (K,K)
         same, best = shift + np.radians(turn) * FLANGE < AGREE, []
-        limit = keep if distance == ROUNDS[-1] else max(keep, len(poses) // 2)
+        limit = keep if distance == ROUNDS[-1] else min(len(poses), most) // 2 + keep
         for i in np.argsort(cost(poses) - score):
             if len(best) < limit and not same[i, best].any():
                 best.append(i)
@@ -490,22 +514,24 @@ def judge(model, scene, poses, opening, cost, anew=False):
 
     Evidence a point in view counts as much as evidence in all, for of a hand half hidden few points agree, and all of
     them well. A pose that is mostly where nothing is measured is not believed. anew: after a loss nothing else speaks
-    for the place, so that a pose has to fit better.
+    for a place: it has to fit better, in more points, and the way costs twice, as it does in the choice.
     """
-    openings = np.array([likeliest(finger_profile(model, scene, pose), opening) for pose in poses])
+    profiles = [finger_profile(model, scene, pose) for pose in poses]
+    openings = np.array([likeliest(profile, opening) for profile in profiles])
     seen = compare(model, scene, poses, openings)
-    score = seen.score - cost(poses)
-    sure = (seen.agree >= np.max([MIN_AGREE * (1 + anew) + 0 * score, MIN_SHARE * seen.in_view, seen.blank], 0)) \
-        & (score >= (MIN_SCORE_ANEW if anew else MIN_SCORE) * seen.in_view)
-    return openings, seen, score * np.abs(score) / np.maximum(seen.in_view, 1), sure
+    seen.profiles, way = profiles, cost(poses)
+    score, worth = seen.score - way * (1 + anew), seen.score - 2 * way
+    few = np.maximum(MIN_AGREE * (1 + anew) * (1 - seen.blank), MIN_SHARE * seen.in_view)
+    sure = (seen.agree >= few) & (seen.blank < 0.5) & (score >= (MIN_SCORE_ANEW if anew else MIN_SCORE) * seen.in_view)
+    return openings, seen, worth * np.abs(worth) / np.maximum(seen.in_view, 1), sure
 
 
 def track_one(model, scene, state, dt):
     """The next state of one hand, dt s later. state: pose, motion (of the last step, in the gripper's frame), opening,
     missed frames.
 
-    First where the hand was and where its velocity takes it; only if it does not fit there, all places in reach. Where
-    nothing is borne out, `lost` is true, `why` says so and the pose is held.
+    First where the hand was and where its velocity takes it; only if it does not fit well there, all places in reach,
+    and at last far turned. Where nothing is borne out, `lost` is true, `why` says so and the pose is held.
     """
     frames = 1 + state.missed
     reach = REACH * min(2 * dt * frames, 1.5)             # no farther, for the search's time
@@ -520,28 +546,34 @@ def track_one(model, scene, state, dt):
     look = lambda poses: judge(model, scene, poses, state.opening, cost, state.missed > 0)
     poses = settle(hand, scene, cloud, guesses, cost)
     openings, seen, worth, sure = look(poses)
-    if not (sure & (seen.score - cost(poses) >= MIN_SCORE_ANEW * seen.in_view)).any():
-        peaks = [HYPOTHESES // 2] + [HYPOTHESES // 2 // (len(TURNS) - 1) + 1] * (len(TURNS) - 1)
-        wide = search(hand, scene, state.pose[:3, 3], reach, state.pose[:3, :3] @ TURNS, peaks)
-        poses = np.concatenate([poses, settle(hand, scene, cloud, wide, cost)])
+    for turns, (least, clear) in zip(TURNS, WELL):        # far turned only where nothing fits
+        if (sure & (seen.score - cost(poses) >= least * seen.in_view) & (seen.clear >= clear)).any():
+            break
+        peaks = [HYPOTHESES // 2 if (turn == np.eye(3)).all() else HYPOTHESES // 2 // len(turns) + 1 for turn in turns]
+        wide = search(hand, scene, state.pose[:3, 3], reach, state.pose[:3, :3] @ turns, peaks)
+        poses = settle(hand, scene, cloud, np.concatenate([poses, wide]), cost)
         openings, seen, worth, sure = look(poses)
     best = [np.argmax(worth + 1e6 * sure)]
     fine = poses[best]
-    for _ in range(2):
-        fine = refine(model, scene, cloud, fine, openings[best], ROUNDS[-1], slip=SLIP / 3)[0]
+    for shrink in (1, 1.5, 2):
+        fine = refine(model, scene, cloud, fine, openings[best], ROUNDS[-1] / shrink, slip=SLIP / 3)[0]
     # A hand at rest does not drift with the noise: the first of equals is taken.
     options = np.concatenate([state.pose[None], fine, poses[best]])
     pose = options[[compare(model, scene, options, np.repeat(openings[best], 3)).score.argmax()]]
     opening, seen, _, sure = look(pose)
     if not sure[0]:
         looked = f", {seen.through[0]:.0f} are looked through" if seen.through[0] else ""
-        blank = f", {seen.blank[0]:.0f} more are not measured" if seen.blank[0] else ""
+        blank = f", {100 * seen.blank[0]:.0f} % are not measured" if seen.blank[0] else ""
         return lost(f"of {seen.in_view[0]:.0f} points in view {seen.agree[0]:.0f} agree{looked}{blank}")
-    _, fitness, inlier_rmse = refine(model, scene, cloud, pose, opening, AGREE, iterations=0)
+    _, fitness, inlier_rmse = (x[0] for x in refine(model, scene, cloud, pose, opening, AGREE, iterations=0))
+    # Along the ray a blur agrees with many poses; in space little of it is near any.
+    near, noise = fitness * (1 - (inlier_rmse / AGREE)**2), scene.noise[scene.depth.any((1, 2))].min()
+    if near * (seen.score - cost(pose))[0] < MIN_FIT * (1 + SIGMAS * (noise / AGREE)**2) * seen.in_view[0]:
+        return lost(f"a blur: {100 * fitness:.0f} % of the points in view are near measured ones, "
+                    f"{1000 * inlier_rmse:.1f} mm away")
     motion = np.eye(4) if state.missed else invert(state.pose) @ pose[0]
     return SimpleNamespace(pose=pose[0], motion=motion, opening=opening[0], missed=0, lost=False, why="",
-                           fitness=fitness[0], inlier_rmse=inlier_rmse[0],
-                           profile=finger_profile(model, scene, pose[0]))
+                           fitness=fitness, inlier_rmse=inlier_rmse, profile=seen.profiles[0])
 
 
 def step(models, scene, states, dt):
@@ -586,7 +618,7 @@ def register(model, scene, mask):
     # Not the flange, but the middle of the hand is to be in the middle of the mask.
     poses = np.concatenate([search(hand, scene, centre - turn @ model.points.mean(0), REACH / 3, turn[None], [3])
                             for turn in all_rotations(200)])
-    poses, found = settle(hand, scene, cloud, poses, unexplained), []
+    poses, found = settle(hand, scene, cloud, poses, unexplained, most=len(poses)), []
     first = poses[judge(model, scene, poses, STROKE / 2, unexplained)[2].argmax()]
     for turned in (np.eye(4), HALF_TURN):
         pose = settle(hand, scene, cloud, (first @ turned)[None], unexplained, 1)
@@ -654,20 +686,20 @@ def track(clip, init="auto", model=None, progress=False):
 
 # ----------------------------------------------------------------------------------------------- pictures and commands
 
-def overlay(path, clip, trajectory, model):
-    """A gif: every view with the outline of the tracked hand, orange right, blue left, grey where it is lost."""
+def outlined(clip, trajectory, model):
+    """The colours, enlarged, with the outline of the tracked hand, orange right, blue left, grey where it is lost:
+    (V,F,kH,kW,3) uint8."""
     rgb = np.concatenate([clip["observed_rgb"][:, None], clip["rgb"]], 1)
     scale = max(1, round(256 / rgb.shape[2]))
-    size, ref_in_view = (scale * rgb.shape[2], scale * rgb.shape[3]), invert(clip["view_in_ref"])
-    intrinsics, frames = data.scale_intrinsics(clip["intrinsics"], rgb.shape[2:4], size), []
-    for pictures, poses, openings, lost in zip(rgb.repeat(scale, 2).repeat(scale, 3).swapaxes(0, 1),
-                                               *(trajectory[key] for key in ("gripper_in_ref", "opening", "lost"))):
-        for a in np.flatnonzero(np.isfinite(poses).all((1, 2))):
-            mask = silhouette(model, intrinsics, ref_in_view, size, poses[a], openings[a])
-            edge = mask & binary_dilation(~mask, np.ones((1, 3, 3), bool), iterations=2)
-            pictures[edge] = (128, 128, 128) if lost[a] else ((255, 120, 0), (0, 150, 255))[a % 2]
-        frames.append(np.concatenate(list(pictures), 1))
-    data.write_gif(path, np.stack(frames), clip["fps"], np.arange(len(frames)) / clip["fps"])
+    rgb = rgb.repeat(scale, 2).repeat(scale, 3)
+    size, ref_in_view = rgb.shape[2:4], invert(clip["view_in_ref"])
+    intrinsics = data.scale_intrinsics(clip["intrinsics"], clip["rgb"].shape[2:4], size)
+    for t, a in np.argwhere(np.isfinite(trajectory["gripper_in_ref"]).all((2, 3))):
+        pose, opening = trajectory["gripper_in_ref"][t, a], trajectory["opening"][t, a]
+        mask = silhouette(model, intrinsics, ref_in_view, size, pose, opening)              # (V,kH,kW)
+        edge = mask & binary_dilation(~mask, np.ones((1, 3, 3), bool), iterations=2)
+        rgb[:, t][edge] = (128, 128, 128) if trajectory["lost"][t, a] else ((255, 120, 0), (0, 150, 255))[a % 2]
+    return rgb
 
 
 def plot(path, clip, trajectory):
@@ -741,7 +773,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     data.write_npz(out / "trajectory.npz", trajectory)
     report(clip, trajectory)
-    overlay(out / "overlay.gif", clip, trajectory, model)
+    write_film(out / "overlay.gif", clip, outlined(clip, trajectory, model))
     plot(out / "path.png", clip, trajectory)
     print(f"written: {out}/trajectory.npz, overlay.gif, path.png")
 
@@ -749,5 +781,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"track.py: {error}")
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        raise SystemExit(f"track.py: {str(error) or 'interrupted'}")

@@ -25,9 +25,7 @@ import errno
 import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -60,7 +58,7 @@ except ImportError:                                      # Windows: nothing keep
 # --single: geometry is learned from many view pairs, and one frame shows a pair as ten do, at a tenth of the price.
 # --P_mean: at low noise the target itself gives the other camera away, and cross-view attention has nothing to learn.
 FLAGS = {
-    "steps": ([1200, 12000, 30000], "optimiser steps"),
+    "steps": ([1000, 12000, 30000], "optimiser steps"),
     "single": ([0.9, 0.6, 0.0], "share of them, the first, on single frames"),
     "single_batch": ([32, 64, 1], "single-frame samples a batch and process"),
     "batch": ([2, 3, 1], "clips a batch and process"),
@@ -70,13 +68,14 @@ FLAGS = {
     "beta2": ([0.98, 0.98, 0.999], "AdamW's memory of squared gradients"),
     "warmup": ([30, 200, 100], "steps of linear warm-up; cosine to 0 follows"),
     "ema": ([0.995, 0.999, 0.0], "decay of the weight average, 0: none"),
-    "P_mean": ([2.5, 2.5, 1.0], "mean of ln(sigma)"),
-    "P_std": ([1.8, 1.8, 1.6], "standard deviation of ln(sigma)"),
+    "P_mean": ([3.5, 3.5, 1.0], "mean of ln(sigma)"),
+    "P_std": ([1.5, 1.5, 1.6], "standard deviation of ln(sigma)"),
     "weight_cap": ([5.0, 5.0, 1e9], "largest weight of a noise level"),
-    "mask_weight": ([3.0, 3.0, 1.0], "extra weight of cells with a gripper in or beside them"),
-    "moving_weight": ([2.0, 2.0, 0.0], "extra weight of cells in which something moves"),
+    "huber": ([0.01, 0.01, 0.0], "pixels further off count in proportion; 0: the squared error of latents"),
+    "mask_weight": ([3.0, 3.0, 1.0], "extra weight with a gripper there or beside"),
+    "moving_weight": ([2.0, 2.0, 0.0], "extra weight where something moves"),
     "dropout": ([0.0, 0.0, 0.1], "of each condition, for guidance"),
-    "lambda_3d": (1.0, "weight of the pointmaps in the loss"),
+    "lambda_3d": ([3.0, 3.0, 1.0], "weight of the pointmaps in the loss"),
     "minutes": (0.0, "train so long: steps are set from the speed of a few, for good [by --steps]"),
     "task": (tuple(data.TASKS), "; ".join(f"{number} {task.name}" for number, task in data.TASKS.items())),
     "data": ("", "packed episodes, rendered where missing [data/task_N]"),
@@ -98,7 +97,6 @@ FLAGS = {
 }
 WEIGHT_DECAY, CLIP_GRAD = 0.01, 1.0         # of AdamW; largest norm of the gradient
 SINGLE_FRAMES, WHOLE_CLIPS = 0, 1           # the two phases
-NOISE_EDGES, NOISE_NAMES = (0.1, 1.0, 10.0), ("below_0.1", "0.1_to_1", "1_to_10", "above_10")     # losses in the log
 LOG_EVERY, EVAL_CLIPS = 20, 6               # steps; held-out clips of an evaluation
 # MiB that backward needs for a frame of two views, in clips and alone, in bf16: counted by tests/test_memory.py
 ACTIVATIONS = {"tiny": (9.3, 6.6), "small": (316, 157), "svd": (381, 381)}
@@ -112,43 +110,55 @@ def cell_share(mask, cell):
     return F.avg_pool2d(mask.flatten(0, -3).float()[:, None], cell)[:, 0].unflatten(0, mask.shape[:-2])
 
 
-def training_loss(net, x_0, cond, embeds, item, noise, sigma, args):
+def training_loss(net, x_0, cond, embeds, item, noise, sigma, args, codes=None):
     """The loss of B samples, (B,).
 
     x_0, noise (B, V, S, T, C, h, w): clean latents, standard normal; sigma (B,): one level for all streams of a sample;
     cond, embeds: the observed frame, from sample.encode_conditions; item: masks, from data.to_tensors.
+
+    The squared error asks for the mean of all places where the arm could be: a blur. With args.huber the error is that
+    of the pixels that `codes` decode, Charbonnier's (ICIP 1994), nearly the distance itself: it asks for the median.
     """
-    cell = item["valid"].shape[-1] // x_0.shape[-1]
     weight = ((sigma ** 2 + 1) / sigma ** 2).clamp(max=args.weight_cap)                         # (B,)
+    x = x_0 + sigma.view(-1, 1, 1, 1, 1, 1, 1) * noise
+    D_x = net(x, sigma, cond, embeds, item["frame_index"])
+    if args.huber:
+        D_x, x_0 = decoded(codes, D_x), decoded(codes, x_0)                                     # (B, V, S, T, 3, H, W)
+    error = (D_x - x_0).float().square().mean(4)                           # (B, V, S, T, h, w), with huber H, W
+    if args.huber:
+        error = (error + args.huber ** 2).sqrt() - args.huber
+
+    cell = item["valid"].shape[-1] // error.shape[-1]
     gripper = cell_share(item["gripper"][:, :, 1:].any(3), cell)                                # (B, V, T, h, w)
     gripper = F.max_pool2d(gripper.flatten(0, 2), 3, stride=1, padding=1).view_as(gripper) > 0
     moving = cell_share(item["moving"], cell) > 0
     important = 1 + args.mask_weight * gripper + args.moving_weight * moving
     measured = cell_share(item["valid"][:, :, 1:], cell)           # where no depth is, a pointmap has nothing to learn
-
-    x = x_0 + sigma.view(-1, 1, 1, 1, 1, 1, 1) * noise
-    D_x = net(x, sigma, cond, embeds, item["frame_index"])
-    error = (D_x - x_0).float().square().mean(4)                                                # (B, V, S, T, h, w)
     L = (error[:, :, 0] * important).mean((1, 2, 3, 4))                                         # L_diff
     if error.shape[2] == 2:
         L = L + args.lambda_3d * (error[:, :, 1] * important * measured).mean((1, 2, 3, 4))     # L_3D-diff
     return weight * L
 
 
-class Samples(torch.utils.data.Dataset):
-    """Sample i, a clip and all that is random about it: a function of (seed, i), so that a resumed run repeats it."""
+def decoded(codes, latents):
+    """Latents (B, V, S, T, C, h, w) of linear codes -> images (B, V, S, T, 3, H, W), through which gradients go."""
+    images = [codes[name].decode_latents(stream.flatten(0, 2)).unflatten(0, stream.shape[:3])
+              for name, stream in zip(("rgb", "pointmap"), latents.unbind(2))]
+    return torch.stack(images, 2)
 
-    def __init__(self, clips, latent_shape, args):
-        self.clips, self.latent_shape, self.args = clips, latent_shape, args                    # V, S, C, h, w
+
+class Samples(torch.utils.data.Dataset):
+    """Sample i, a clip and all that is random about it but its noise: a function of (seed, i), so that a resumed run
+    repeats it."""
+
+    def __init__(self, clips, args):
+        self.clips, self.args = clips, args
 
     def __getitem__(self, i):
-        args, item = self.args, self.clips[i]
-        V, S, *C_h_w = self.latent_shape
-        draw = np.random.default_rng([args.seed, 1, i])
+        args, draw = self.args, np.random.default_rng([self.args.seed, 1, i])
         sigma = np.float32(math.exp(args.P_mean + args.P_std * draw.standard_normal()))
         keep = torch.from_numpy(draw.random(2) >= args.dropout)                                 # latent, embedding
-        noise = draw.standard_normal((V, S, len(item["frame_index"]), *C_h_w), dtype=np.float32)
-        return dict(item, sigma=sigma, keep=keep, noise=torch.from_numpy(noise))
+        return dict(self.clips[i], number=i, sigma=sigma, keep=keep)
 
 
 def sample_numbers(args, phase, rank, world, first, last):
@@ -336,18 +346,15 @@ class Log:
         lines = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= run.step]
         with data.writing(self.path) as partial:
             partial.write_text("".join(line + "\n" for line in lines))
-        try:
-            git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                                 cwd=Path(__file__).parent).stdout.strip()
-        except OSError:                                  # no git here
-            git = ""
-        hardware = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine()
-        self.write(source=git, python=platform.python_version(), torch=torch.__version__, hardware=hardware,
-                   cores=os.cpu_count(), bf16=run.bf16, args=vars(run.args))
+        hardware = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{os.cpu_count()} cores"
+        self.write(torch=torch.__version__, hardware=hardware, bf16=run.bf16, args=vars(run.args))
 
     def write(self, **entry):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise ValueError(f"cannot write {self.path}: {error.strerror}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -398,13 +405,19 @@ def batches(run, phase, first, last):
     args, preset, cell = run.args, run.model.preset, run.vaes["rgb"].cell
     clips = data.Clips(run.data, "train", (preset.height, preset.width), args.views, single=phase == SINGLE_FRAMES,
                        seed=args.seed)
-    shape = (args.views, 2 - args.rgb_only, preset.unet["out_channels"], preset.height // cell, preset.width // cell)
+    V, S = args.views, 2 - args.rgb_only
+    C_h_w = preset.unet["in_channels"] // 2, preset.height // cell, preset.width // cell
     on_gpu = run.device.type == "cuda"
     loader = torch.utils.data.DataLoader(
-        Samples(clips, shape, args), batch_sampler=list(sample_numbers(args, phase, run.rank, run.world, first, last)),
+        Samples(clips, args), batch_sampler=list(sample_numbers(args, phase, run.rank, run.world, first, last)),
         num_workers=args.workers if args.workers >= 0 else 8 * on_gpu, pin_memory=on_gpu, worker_init_fn=leave_signals)
+    generator = torch.Generator(run.device)
     for item in loader:
-        yield {name: value.to(run.device, non_blocking=True) for name, value in item.items()}
+        generator.manual_seed(args.seed * 1_000_003 + item.pop("number")[0].item())
+        item = {name: value.to(run.device, non_blocking=True) for name, value in item.items()}
+        B, T = item["frame_index"].shape
+        noise = torch.randn(B, V, S, T, *C_h_w, device=run.device, generator=generator)
+        yield dict(item, noise=noise)
 
 
 def wrapped(run, phase):
@@ -420,12 +433,12 @@ def wrapped(run, phase):
 
 
 def gradients(net, run, loader, step, schedule):
-    """Leaves the gradient of a step in the parameters. Returns noise levels and losses of its samples, (2, B)."""
+    """Leaves the gradient of a step in the parameters. Returns the losses of its samples."""
     for optimizer, peak in zip(run.optimizers, (run.args.lr, run.args.muon_lr)):
         optimizer.param_groups[0]["lr"] = peak * schedule
     if run.args.low_memory:
         run.optimizers[0].begin(step)
-    pairs = []
+    losses = []
     for micro in range(run.args.accumulate):
         item = next(loader)
         with torch.no_grad():
@@ -437,25 +450,26 @@ def gradients(net, run, loader, step, schedule):
         alone = run.world > 1 and micro < run.args.accumulate - 1
         with net.no_sync() if alone else nullcontext():
             with run.autocast():
-                loss = training_loss(net, x_0, cond, embeds, item, item["noise"], item["sigma"], run.args)      # (B,)
+                loss = training_loss(net, x_0, cond, embeds, item, item["noise"], item["sigma"], run.args,
+                                     run.vaes)                                                  # (B,)
             (loss.mean() / run.args.accumulate).backward()
-        pairs.append(torch.stack([item["sigma"], loss.detach()]))
-    return torch.cat(pairs, 1)
+        losses.append(loss.detach())
+    return torch.cat(losses)
 
 
 def steps_in(minutes, run):
     """How many steps fit: a few of each phase are timed, at learning rate 0."""
-    seconds, timed = 0.0, 4
+    seconds, timed = 0.0, 12
     for phase, share in ((SINGLE_FRAMES, run.args.single), (WHOLE_CLIPS, 1 - run.args.single)):
         if share:
             net, loader = wrapped(run, phase), batches(run, phase, 0, timed)
             for step in range(timed):
                 began = time.time() if step < 2 else began                       # the first one warms up
-                pair = gradients(net, run, loader, step, schedule=0.0)
+                loss = gradients(net, run, loader, step, schedule=0.0)
                 for optimizer in run.optimizers:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                pair.sum().item()                                                # waits for the GPU
+                loss.sum().item()                                                # waits for the GPU
             seconds += share * (time.time() - began) / (timed - 1)
     for optimizer in run.optimizers:
         optimizer.state.clear()
@@ -473,7 +487,7 @@ def train(run, log, stop):
     evaluates = lambda step: step % (args.eval_every or math.ceil(args.steps / 4)) == 0 or step == args.steps
     if run.rank == 0 and step and evaluates(step) and not sheet(run, step).exists():            # it was cut off there
         show(run, step, log, stop)
-    pairs, began = [], time.time()
+    losses, began = [], time.time()
     progress = tqdm(total=args.steps, initial=step, disable=run.rank != 0, unit="step", desc="train")
     for phase, last in ((SINGLE_FRAMES, round(args.single * args.steps)), (WHOLE_CLIPS, args.steps)):
         if step >= last:
@@ -482,11 +496,11 @@ def train(run, log, stop):
         net, loader = wrapped(run, phase), batches(run, phase, step, last)
         while step < last:
             schedule = min(1, (step + 1) / args.warmup) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-            pairs.append(gradients(net, run, loader, step, schedule))
+            losses.append(gradients(net, run, loader, step, schedule))
             norm = run.optimizers[0].norm if args.low_memory else torch.nn.utils.clip_grad_norm_(parameters, CLIP_GRAD)
 
             # What all processes must agree on, and the only wait for the GPU in a step: good, go on?
-            verdict = torch.stack([(pairs[-1][1].sum() + norm).isfinite(),
+            verdict = torch.stack([(losses[-1].sum() + norm).isfinite(),
                                    torch.tensor(not stop.asked, device=run.device)]).float()
             if run.world > 1:
                 dist.all_reduce(verdict, dist.ReduceOp.MIN)
@@ -503,14 +517,11 @@ def train(run, log, stop):
 
             progress.update()
             if run.rank == 0 and (step % LOG_EVERY == 0 or step == args.steps):
-                sigma, loss = torch.cat(pairs, 1).cpu().numpy()
-                level = np.digitize(sigma, NOISE_EDGES)
-                by_noise = {f"loss_{name}": round(float(loss[level == k].mean()), 5)
-                            for k, name in enumerate(NOISE_NAMES) if (level == k).any()}
-                log.write(step=step, loss=round(float(loss.mean()), 5), **by_noise, lr=args.lr * schedule,
-                          grad_norm=round(norm.item(), 4), seconds=round((time.time() - began) / len(pairs), 4))
-                progress.set_postfix(loss=f"{loss.mean():.3f}")
-                pairs, began = [], time.time()
+                loss = round(torch.cat(losses).mean().item(), 5)
+                log.write(step=step, loss=loss, lr=args.lr * schedule, grad_norm=round(norm.item(), 4),
+                          seconds=round((time.time() - began) / len(losses), 4))
+                progress.set_postfix(loss=f"{loss:.3f}")
+                losses, began = [], time.time()
             if run.rank == 0 and (step % args.save_every == 0 or evaluates(step) or not go_on):
                 save(run, step)
             if run.rank == 0 and evaluates(step) and go_on:
@@ -696,6 +707,10 @@ def main(argv=None):
     args, folder, saved = resolve(given)
     info = saved["info"] if saved else origin_of(args.init)
     preset = Preset(**info["preset"]) if info else PRESETS[args.preset]
+    if preset.prediction == "v":                         # SVD's VAE: latents are compared as they are, as in the paper
+        if given.get("huber"):
+            raise ValueError(f"--huber {args.huber:g} is for linear codes, those of tiny and small")
+        args.huber = 0.0
     if args.dry_run:
         with torch.device("meta"):
             return report(args, Model4D(preset, args.mv_attention, args.rgb_only), world)

@@ -7,18 +7,13 @@ Writes runs/task_1/vae_{rgb,pointmap}.safetensors, each with a .json beside it (
 and cameras). train.py runs this first where they are missing. The pointmap code holds two kinds of pointmap, a view's
 in its own camera's frame (the condition) and in the reference camera's (the target), and is fitted to both.
 
-A linear code is the best that a linear VAE can be, in closed form (Tipping and Bishop 1999; Lucas et al., arXiv
-1911.02469). At these sizes it is far sharper than a convolutional VAE trained for minutes.
+Letters   B clips, T frames of one, N images (in clips: B T), C channels, H W pixels, h w latent cells
 
-Letters: B clips, T frames of one, N images (in clips: B T), C channels, H W pixels, h w latent cells, P pixels along a
-cell.
-
-References: Stable Video Diffusion, arXiv 2311.15127; latent diffusion, arXiv 2112.10752; the pointmap VAE, arXiv
-2507.01099.
+References: the linear code is the best that a linear VAE can be, in closed form, Tipping and Bishop 1999 and arXiv
+1911.02469; Stable Video Diffusion, arXiv 2311.15127; the pointmap VAE, arXiv 2507.01099.
 """
 import argparse
 import pickle
-import signal
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,16 +22,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import SafetensorError, TensorSpec, serialize_file
 from tqdm import tqdm, trange
 
 import data
-from model import PRESETS, SVD_REPO, Residual, TimeConv, choose_preset, load_pretrained, load_weights
+from model import (PRESETS, SVD_REPO, Mixer, Resample, Residual, TimeConv, choose_preset, load_pretrained,
+                   load_weights)
 
 KINDS = "rgb", "pointmap"
-FIT_CLIPS = 300                     # moments (2 views, 2 frames) that a linear code is fitted to
-HELD_OUT = 32                       # moments that the scores are taken on
+FIT_CLIPS = 300  # moments (2 views, 2 frames) that a linear code is fitted to
+HELD_OUT = 32    # moments that the scores are taken on
 
 
 # ----------------------------------------------------------------------------------- the linear code
@@ -50,7 +45,7 @@ class LinearCode(nn.Module):
         super().__init__()
         self.config, self.cell = dict(config), config["patch_size"]
         self.register_buffer("mean", torch.zeros(3, self.cell, self.cell))
-        self.register_buffer("basis", torch.zeros(config["components"], 3, self.cell, self.cell))    # orthonormal
+        self.register_buffer("basis", torch.zeros(config["components"], 3, self.cell, self.cell))  # orthonormal
         self.register_buffer("scale", torch.ones(1))
 
     def fit(self, batches):
@@ -60,7 +55,7 @@ class LinearCode(nn.Module):
             x = rearrange(images.double(), "n c (h p) (w q) -> (n h w) (c p q)", p=self.cell, q=self.cell)
             count, total, square = count + len(x), total + x.sum(0), square + x.T @ x
         mean = total / count
-        variance, vectors = torch.linalg.eigh(square / count - torch.outer(mean, mean))              # ascending
+        variance, vectors = torch.linalg.eigh(square / count - torch.outer(mean, mean))  # ascending
         chosen = slice(-len(self.basis), None)
         self.mean.copy_(mean.view_as(self.mean))
         self.basis.copy_(vectors[:, chosen].T.flip(0).reshape(self.basis.shape))
@@ -70,7 +65,7 @@ class LinearCode(nn.Module):
     def encode_latents(self, images):
         """images (N, 3, H, W) in [-1, 1] -> latents (N, C, h, w) of unit variance, over all components together"""
         check_size(images, self.cell)
-        with torch.autocast(images.device.type, enabled=False):              # bf16's 8 bits would cost millimetres
+        with torch.autocast(images.device.type, enabled=False):  # bf16's 8 bits would cost millimetres
             centre = (self.basis * self.mean).sum((1, 2, 3))
             return F.conv2d(images.to(self.basis.dtype), self.basis, -centre, stride=self.cell) / self.scale
 
@@ -93,30 +88,20 @@ class LinearCode(nn.Module):
 # ---------------------------------------------------------------------------------------- SVD's VAE
 # A 2-D encoder, and a decoder that looks along time too. Attribute names are the hub's key names.
 
-class Mixer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mix_factor = nn.Parameter(torch.zeros(1))
-
-    def forward(self, spatial, temporal):
-        a = torch.sigmoid(self.mix_factor)
-        return (1 - a) * spatial + a * temporal                              # the other way round than in the U-Net
-
-
 class VideoResBlock(nn.Module):
     """A residual block over each frame, one along time, and the blend of the two."""
 
     def __init__(self, channels_in, channels, groups):
         super().__init__()
         self.spatial_res_block = Residual(channels_in, channels, groups, eps=1e-6)
-        self.temporal_res_block = Residual(channels, channels, groups, eps=1e-5, temporal=True)      # as it is in SVD
+        self.temporal_res_block = Residual(channels, channels, groups, eps=1e-5, temporal=True)  # as it is in SVD
         self.time_mixer = Mixer()
 
-    def forward(self, x, frames):                                            # (B T, C, H, W)
+    def forward(self, x, frames):                                 # (B T, C, H, W)
         x = self.spatial_res_block(x)
         H = x.shape[2]
-        x = rearrange(x, "(b t) c h w -> b c t (h w)", t=frames)             # so that norms see a whole clip
-        x = self.time_mixer(x, self.temporal_res_block(x))
+        x = rearrange(x, "(b t) c h w -> b c t (h w)", t=frames)  # so that norms see a whole clip
+        x = self.time_mixer(self.temporal_res_block(x), x)        # the other way round than in the U-Net
         return rearrange(x, "b c t (h w) -> (b t) c h w", h=H)
 
 
@@ -131,7 +116,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x):                                                    # (N, C, H, W)
+    def forward(self, x):  # (N, C, H, W)
         y = rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c")
         y = self.to_out[0](F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y)))
         return x + rearrange(y, "n 1 (h w) c -> n c h w", h=x.shape[2])
@@ -142,17 +127,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x):                                                    # (N, C, H, W) -> (N, C, H/2, W/2)
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                             # SVD's VAE pads right and below only
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):                                                    # (N, C, H, W) -> (N, C, 2H, 2W)
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x):                         # (N, C, H, W) -> (N, C, H/2, W/2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # SVD's VAE pads right and below only
 
 
 class Level(nn.Module):
@@ -162,13 +138,15 @@ class Level(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(block(channels if i else channels_in, channels, groups) for i in range(layers))
         self.downsamplers = nn.ModuleList([Downsample(channels)] if down else [])
-        self.upsamplers = nn.ModuleList([Upsample(channels)] if up else [])
+        self.upsamplers = nn.ModuleList([Resample(channels, 1)] if up else [])
 
-    def forward(self, x, *frames):                                           # frames: of a clip, in the decoder
+    def forward(self, x, *frames):  # frames: of a clip, in the decoder
         for block in self.resnets:
             x = block(x, *frames)
-        for resample in [*self.downsamplers, *self.upsamplers]:
-            x = resample(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+        for upsample in self.upsamplers:
+            x = upsample(x, (2 * x.shape[2], 2 * x.shape[3]))
         return x
 
 
@@ -196,12 +174,12 @@ class Encoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
 
-    def forward(self, x):                                                    # (N, 3, H, W)
+    def forward(self, x):                                    # (N, 3, H, W)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         for block in self.down_blocks:
-            x = block(x)                                                     # (N, C, H/2, W/2), ..., (N, C, h, w)
+            x = block(x)                                     # (N, C, H/2, W/2), ..., (N, C, h, w)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))                  # (N, 2 C, h, w): mean and log variance
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (N, 2 C, h, w): mean and log variance
 
 
 class Decoder(nn.Module):
@@ -217,11 +195,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
         self.time_conv_out = TimeConv(3)
 
-    def forward(self, z, frames):                                            # (B T, C, h, w)
+    def forward(self, z, frames):                         # (B T, C, h, w)
         x = self.mid_block(self.conv_in(z.contiguous(memory_format=torch.channels_last)), frames)
         for block in self.up_blocks:
-            x = block(x, frames)                                             # (B T, C, 2h, 2w), ..., (B T, C, H, W)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))                     # (B T, 3, H, W)
+            x = block(x, frames)                          # (B T, C, 2h, 2w), ..., (B T, C, H, W)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B T, 3, H, W)
         H = x.shape[2]
         x = self.time_conv_out(rearrange(x, "(b t) c h w -> b c t (h w)", t=frames))
         return rearrange(x, "b c t (h w) -> (b t) c h w", h=H)
@@ -237,7 +215,7 @@ class VAE(nn.Module):
         self.config = dict(config)
         widths, C = list(config["block_out_channels"]), config["latent_channels"]
         sizes = C, widths, config["layers_per_block"], config.get("norm_num_groups", 32)
-        self.cell = 2 ** (len(widths) - 1)                                   # pixels along the side of a latent cell
+        self.cell = 2 ** (len(widths) - 1)  # pixels along the side of a latent cell
         self.scale_factor = config.get("scaling_factor", 0.18215)
         self.encoder = Encoder(*sizes)
         self.decoder = Decoder(*sizes)
@@ -299,13 +277,22 @@ def writing_tensors(path):
             raise OSError(str(error).splitlines()[0]) from None
 
 
+def save_tensors(path, tensors):
+    """A safetensors file of {name: tensor}; two names may share one storage, which save_file refuses."""
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    dtype = lambda x: str(x.dtype).removeprefix("torch.")
+    specs = {name: TensorSpec(dtype=dtype(x), shape=x.shape, data_ptr=x.data_ptr(), data_len=x.nbytes)
+             for name, x in tensors.items()}
+    with writing_tensors(path) as partial:
+        serialize_file(specs, partial)
+
+
 def save_vae(path, coder, info):
     """Writes PATH (.safetensors) and, last, the .json beside it: the config, and `info`."""
-    path = Path(path)
-    with writing_tensors(path) as partial:
-        path.with_suffix(".json").unlink(missing_ok=True)        # it never stands beside weights of another run
-        save_file({name: value.contiguous() for name, value in coder.state_dict().items()}, partial)
-    data.write_json(path.with_suffix(".json"), dict(config=coder.config, **info))
+    description = Path(path).with_suffix(".json")
+    description.unlink(missing_ok=True)  # it never stands beside weights of another run
+    save_tensors(path, coder.state_dict())
+    data.write_json(description, dict(config=coder.config, **info))
 
 
 def read_keys(path, hint, *keys):
@@ -333,7 +320,7 @@ def images_of(clip, kind):
     if kind == "rgb":
         images = clip["rgb"].flatten(0, 1)
         return images, torch.ones_like(images[:, :1], dtype=torch.bool)
-    images = torch.cat([clip["points"].flatten(0, 1), clip["own_points"][1:]])       # view 0's own are among points
+    images = torch.cat([clip["points"].flatten(0, 1), clip["own_points"][1:]])  # view 0's own are among points
     return images, torch.cat([clip["valid"].flatten(0, 1), clip["valid"][1:, 0]])[:, None]
 
 
@@ -355,18 +342,28 @@ def evaluate(coder, kind, clips, device):
             continue
         made, true = data.denormalize_points(made), data.denormalize_points(images)
         seen = valid[:, 0] & (true[:, 2] > 0)
-        error = made - true                                                  # (N, 3, H, W) m
+        error = made - true  # (N, 3, H, W) m
         rows.append([(error[:, 2].abs() / true[:, 2])[seen].mean(), 1000 * error.norm(dim=1)[seen].median()])
     names = ("psnr",) if kind == "rgb" else ("abs_rel", "median_mm")
     return {name: round(float(sum(values) / len(values)), 5) for name, values in zip(names, zip(*rows))}
 
 
+def moment(clip, step, frames):
+    """What a step of the fine-tuning sees: at odd steps `frames` of every view's video, in the reference's frame, at
+    even steps the observed frame of each view, in its own. images (N, 3, H, W), valid (N, 1, H, W), frames a video."""
+    if step % 2 == 0:
+        return clip["own_points"], clip["valid"][:, :1], 1
+    start = step // 2 % (clip["points"].shape[1] - frames + 1)
+    images, valid = (clip[key][:, start:start + frames].flatten(0, 1) for key in ("points", "valid"))
+    return images, valid[:, None], frames
+
+
 def tune(args, clips, path, device):
-    """SVD's VAE, fine-tuned on pointmaps: at odd steps videos of every view in the reference's frame, at even steps
-    stills in each view's own. A stopped run goes on from its last save, with the same clips."""
+    """SVD's VAE, fine-tuned on pointmaps. A run that was cut off goes on from its last save, with the same clips."""
     coder = VAE.from_pretrained(args.init).to(device).train()
-    optimizer = torch.optim.Adam(coder.parameters(), args.lr)                  # as in the paper
-    saved_as, settings, first = path.with_suffix(".resume.pt"), {key: getattr(args, key) for key in SETTINGS}, 0
+    optimizer = torch.optim.Adam(coder.parameters(), args.lr)  # as in the paper
+    saved_as, first = path.with_suffix(".resume.pt"), 0
+    settings = {name: getattr(args, name) for name in ("init", "steps", "lr", "frames", "seed")}
     if saved_as.exists():
         try:
             saved = torch.load(saved_as, map_location=device, weights_only=True)
@@ -377,42 +374,26 @@ def tune(args, clips, path, device):
         coder.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
-    asked = []                                                               # Ctrl-C and SIGTERM: save, then stop
-    before = {name: signal.signal(name, lambda *_: asked.append(1)) for name in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc="vae pointmap")):
-            clip = clips[step]
-            if step % 2:
-                start = step // 2 % (clip["points"].shape[1] - args.frames + 1)
-                images, valid = (clip[key][:, start:start + args.frames].flatten(0, 1) for key in ("points", "valid"))
-            else:
-                images, valid = clip["own_points"], clip["valid"][:, 0]
-            images, valid = images.to(device), valid[:, None].to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                mean, _ = coder.encode(images)                               # no draw: the 4D model sees the mean
-                made = coder.decode(mean, args.frames if step % 2 else 1)
-            loss = masked_l1(made.float(), images, valid)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(coder.parameters(), 1.0)
-            if not torch.isfinite(norm):
-                raise ValueError(f"the gradient is {norm} at step {step}: lower --lr from {args.lr}")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if step % 20 == 0:
-                bar.set_postfix_str(f"mean error {loss.item():.4f}")
-            if asked or step + 1 == args.steps or (step + 1) % args.save_every == 0:
-                with writing_tensors(saved_as) as partial:
-                    torch.save(dict(step=step + 1, settings=settings, model=coder.state_dict(),
-                                    optimizer=optimizer.state_dict()), partial)
-            if asked and step + 1 < args.steps:
-                raise SystemExit(f"stopped at step {step + 1} of the pointmap VAE; the same command goes on from there")
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+    for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc="vae pointmap")):
+        images, valid, frames = moment(clips[step], step, args.frames)
+        images, valid = images.to(device), valid.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            mean, _ = coder.encode(images)  # no draw: the 4D model sees the mean
+            made = coder.decode(mean, frames)
+        loss = masked_l1(made.float(), images, valid)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(coder.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise ValueError(f"the gradient is {norm} at step {step}: lower --lr from {args.lr}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0:
+            bar.set_postfix_str(f"mean error {loss.item():.4f}")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            with writing_tensors(saved_as) as partial:
+                torch.save(dict(step=step + 1, settings=settings, model=coder.state_dict(),
+                                optimizer=optimizer.state_dict()), partial)
     return coder.eval()
-
-
-SETTINGS = "init", "steps", "lr", "frames", "seed"               # what a resumed fine-tuning must agree in
 
 
 def parse(argv=None):
@@ -427,13 +408,15 @@ def parse(argv=None):
     add("--steps", type=int, default=4000, help="svd: steps of one clip that the pointmap VAE is fine-tuned for [4000]")
     add("--lr", type=float, default=1e-5, help="svd: Adam's learning rate [1e-5]")
     add("--frames", type=int, default=5, help="svd: frames of a video, 1 to 11 [5]")
-    add("--save_every", type=int, default=200, help="svd: steps between two saves [200]")
+    add("--save_every", type=int, default=200, help="svd: steps between two saves, from which a stopped run goes on "
+        "[200]")
     args = parser.parse_args(argv)
     if args.preset == "auto":
         args.preset, why = choose_preset()
         print(f"preset: {args.preset} ({why})")
-    for name, least, most in (("steps", 1, 10 ** 9), ("save_every", 1, 10 ** 9), ("frames", 1, data.FRAMES + 1),
-                              ("seed", 0, 10 ** 9)):
+    many = 10 ** 9
+    for name, least, most in (("steps", 1, many), ("save_every", 1, many), ("frames", 1, data.FRAMES + 1),
+                              ("seed", 0, many)):
         if not least <= getattr(args, name) <= most:
             raise ValueError(f"--{name} must be at least {least} and at most {most}, not {getattr(args, name)}")
     return args

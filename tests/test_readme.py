@@ -41,12 +41,9 @@ def test_functions_of_the_diagram_exist():
         assert re.search(rf"^(?:def|class) {name}\b", (ROOT / f"{script}.py").read_text(), re.M), f"{script}.{name}"
 
 
-def test_lines_of_the_file_table():
-    rows = re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) \|", README, re.M)
-    assert len(rows) == 7
-    for name, lines in rows:
-        assert int(lines.replace(",", "")) == len((ROOT / name).read_text().splitlines()), name
-
+def test_counts():
+    lines = sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py"))
+    assert f"{lines:,} lines" in README and len(README.splitlines()) <= 150
 
 
 def test_trained_weights_hold_their_figures():
@@ -59,6 +56,6 @@ def test_trained_weights_hold_their_figures():
     clip = sample.predict(run, world.observe(*cameras, (64, 80)))
     true = evaluate.scripted_future(world, 0, cameras, (64, 80), data.FRAMES)
     off = np.abs(clip["points"] - true["points"])[..., 2] / true["points"][..., 2].clip(0.1)
-    assert off[0][true["valid"][0]].mean() < 0.1 and off[1][true["valid"][1]].mean() < 0.1
+    assert off[0][true["valid"][0]].mean() < 0.04 and off[1][true["valid"][1]].mean() < 0.04
     shift, turn = data.pose_errors(clip["view_in_ref"][1], true["view_in_ref"][1])
-    assert shift < 0.15 and turn < 15
+    assert shift < 0.03 and turn < 4

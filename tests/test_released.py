@@ -59,14 +59,6 @@ def run(state, tmp_path_factory):
     return folder / "run"
 
 
-def loaded(run):
-    info = json.loads((run / "model.json").read_text())
-    with torch.device("meta"):
-        net = Model4D(Preset(**info["preset"]), info["mv_attention"], info["rgb_only"])
-    load_weights(net, [run / "model.safetensors"])
-    return net.eval()
-
-
 def off(a, b):
     assert a.shape == b.shape
     return (a - b).abs().max().item()
@@ -75,7 +67,9 @@ def off(a, b):
 @torch.no_grad()
 def test_denoised(run):
     """Every stream of both views, in float64; and in float32, as it is used, at its rounding."""
-    net = loaded(run)
+    with torch.device("meta"):
+        net = Model4D(Preset(**json.loads((run / "model.json").read_text())["preset"])).eval()
+    load_weights(net, [run / "model.safetensors"])
     inputs = [GOLDEN[key] for key in ("noisy", "sigma", "cond", "image_embeds")]
     single = net(*[x.float() for x in inputs]).double()
     assert off(single, GOLDEN["denoised"]) < 3e-4 * GOLDEN["denoised"].abs().max()
@@ -170,11 +164,10 @@ class Shell:
 def test_files_that_are_no_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(tmp_path)
-    torch.save(dict(state_dict={}, hyper_parameters=Shell()), "4dgen.ckpt")
-    refused(tmp_path, "system", "safety")
+    for content, *words in ((dict(state_dict={}, hyper_parameters=Shell()), "system", "safety"), ([1, 2], "no state_dict")):
+        torch.save(content, "4dgen.ckpt")
+        refused(tmp_path, *words)
     assert not Path("pwned").exists()
-    torch.save([1, 2], "4dgen.ckpt")
-    refused(tmp_path, "no state_dict")
     Path("4dgen.ckpt").write_bytes(Path("4dgen.ckpt").read_bytes()[:300])
     refused(tmp_path, "PytorchStreamReader")
 
@@ -186,12 +179,9 @@ def test_conversion_needs_little_memory(state, tmp_path):
                                                   num_attention_heads=[4, 8, 16, 16]))
     with torch.device("meta"):
         shapes = {key: p.shape for key, p in Model4D(preset).state_dict().items()}
-    wide = {}
-    for key, value in state.items():
-        name = unet_name(key.partition(".diffusion_model.")[2], 2).replace("attn_layers_decoder", "cross_view")
-        name = name.replace(".to_", ".attention.to_") if name.startswith("cross_view") else f"unet.{name}"
-        wide[key] = torch.zeros(shapes.get(name, value.shape))
-    wide = {key: wide[key.replace("diffusion_model_2", "diffusion_model")] for key in wide}
+    width = lambda key, x: shapes.get(unet_name(key.partition(".diffusion_model.")[2], 2), x.shape)
+    first = {key: torch.zeros(width(key, x)) for key, x in state.items() if "diffusion_model_2" not in key}
+    wide = {key: first[key.replace("diffusion_model_2", "diffusion_model")] for key in state}
     torch.save(dict(state_dict=wide), tmp_path / "4dgen.ckpt")
     size = (tmp_path / "4dgen.ckpt").stat().st_size
     peak = peak_memory("VmRSS", "from sample import convert_released\nfrom model import Preset",

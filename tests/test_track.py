@@ -1,6 +1,7 @@
 """The tracker on problems with a known answer: clouds moved by a known motion, and a rendered hand on a known path."""
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 import data
+import evaluate
+import sample
 import track
 from data import invert, pose_errors, transform
 
@@ -28,8 +31,6 @@ def bumpy(count, seed):
     axes = np.array([0.10, 0.07, 0.05])
     return p * axes, p / axes / np.linalg.norm(p / axes, axis=1, keepdims=True)
 
-
-# ---------------------------------------------------------------------------------------------------------- ICP
 
 @pytest.mark.parametrize("planes", ["none", "target", "source", "both"])
 def test_icp_recovers_the_motion_that_was_put_in(planes):
@@ -66,20 +67,6 @@ def test_icp_leaves_out_points_of_weight_zero():
     got, fitness, _ = track.icp(source, target, normals, motion(2, (0.002, 0, 0)), 0.05, 100, weight=weight)
     assert np.abs(got - np.eye(4)).max() < 1e-4 and fitness == 1
     assert np.abs(track.icp(source, target, normals, None, 0.05, 100)[0] - np.eye(4)).max() > 1e-4
-
-
-def test_damping_slows_and_does_not_bias():
-    target, normals = bumpy(800, 0)
-    source = transform(target, motion(3, (0.003, 0, 0.002)))
-    steps = [track.icp(source, target, normals, None, 0.05, 1, slip=slip)[0] for slip in (0, 1)]
-    ends = [track.icp(source, target, normals, None, 0.05, 200, slip=slip, tolerance=1e-9)[0] for slip in (0, 1)]
-    size = [np.linalg.norm(step - np.eye(4)) for step in steps]
-    assert size[1] < 0.6 * size[0] and np.abs(ends[1] - ends[0]).max() < 1e-3
-
-
-def test_icp_refuses_empty_clouds():
-    with pytest.raises(ValueError, match="neither empty"):
-        track.icp(np.zeros((0, 3)), np.ones((5, 3)))
 
 
 # ------------------------------------------------------------------------------------------------- a rendered hand
@@ -229,6 +216,30 @@ def test_a_generators_points_are_tracked(video):
     assert np.median(shift) < 0.01 and np.median(turn) < 5 and (shift[~result["lost"][:, 0]] < 0.03).all()
 
 
+def test_a_blur_of_a_hand_is_lost():
+    """The weights in tests/data make a blur of the arm: a hand is found in it where it is, or not at all."""
+    run, size, good = sample.load_run(Path(__file__).parent / "data/trained"), (64, 80), []
+    for seed in (2_000_001, 2_000_002):
+        (world := data.World(1)).reset(seed)
+        tips = world.demonstration[0][..., :3, 3] + data.TCP * world.demonstration[0][..., :3, 2]
+        cameras = data.sample_cameras(np.random.default_rng(0), tips, size, 2)
+        result = track.track(sample.predict(run, world.observe(*cameras, size)))
+        true = evaluate.scripted_future(world, 0, cameras, size)
+        shift, turn = pose_errors(result["gripper_in_ref"], true["true_gripper_in_ref"])
+        good.append((shift < 0.02) & (turn < 10) | result["lost"])
+    assert np.mean(good) > 0.75                           # 0.86
+
+
+def test_what_the_hand_uncovers_is_scenery(video):
+    """The table that the hand hid at first has the hand's outline, and is no hand."""
+    observed, t = scene_of(video), 5
+    here = video["observed_gripper"][:, 0]
+    scene = track.read_frame(video["points"][:, t], video["valid"][:, t], observed, here)
+    bare = here & (scene.depth > observed.depth + 0.05)
+    assert bare.sum() > 50 and scene.still[bare].mean() > 0.9
+    assert not scene.still[video["rgb"][:, t, ..., 0] == 60].any()                          # the hand itself
+
+
 def test_depth_that_tells_nothing_loses_the_hand(video):
     result = track.track(generated(video, 0.06))
     assert result["lost"][1:].all() and "fluctuates" in result["why"][-1, 0]
@@ -294,8 +305,6 @@ def test_a_right_outline_does_not_contradict(video):
     assert look().through.any()
 
 
-# ------------------------------------------------------------------------------------------------------- openings
-
 def test_closed_follows_events_not_noise():
     noise = 0.002 * np.sin(np.arange(40))
     wide = np.r_[np.full(10, 0.078), np.full(10, 0.067), np.full(10, 0.075), np.full(10, 0.01)] + noise
@@ -351,7 +360,7 @@ def test_an_episode_on_the_command_line(tmp_path, video):
     result = data.read_npz(tmp_path / "out/trajectory.npz")
     assert pose_errors(result["gripper_in_world"][:, 0], poses)[0].max() < 0.01
     with Image.open(tmp_path / "out/overlay.gif") as gif:
-        assert gif.n_frames == 7 and gif.info["duration"] == 500
+        assert gif.n_frames == 12 and gif.info["duration"] == 250
         shown = np.asarray(gif.convert("RGB")).astype(int)
     assert (np.abs(shown - (255, 120, 0)).max(-1) < 60).sum() > 100         # the outline is drawn
     assert (tmp_path / "out/path.png").stat().st_size > 1000

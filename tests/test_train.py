@@ -131,7 +131,8 @@ def wait_for(path, process, seconds=120):
 # ---- the loss and its draws
 
 def options(**changed):
-    return SimpleNamespace(**{**dict(weight_cap=1e9, mask_weight=1.0, moving_weight=0.0, lambda_3d=1.0), **changed})
+    settings = dict(weight_cap=1e9, huber=0.0, mask_weight=1.0, moving_weight=0.0, lambda_3d=1.0)
+    return SimpleNamespace(**{**settings, **changed})
 
 
 def masks(T=1, V=1):
@@ -159,12 +160,24 @@ def test_loss_by_hand():
     assert loss(2.0) == pytest.approx(5 / 4 * 3)
 
 
+def test_robust_loss_by_hand():
+    """In pixels: those far off count by their distance, and masks are those of pixels."""
+    codes = {name: SimpleNamespace(decode_latents=lambda z: z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3))
+             for name in ("rgb", "pointmap")}
+    x_0, item = torch.zeros(1, 1, 2, 1, 4, 1, 2), masks()
+    loss = lambda error, **changed: train.training_loss(
+        lambda *_: torch.full_like(x_0, error), x_0, None, None, item, torch.zeros_like(x_0), torch.tensor([2.0]),
+        options(huber=0.01, **changed), codes).item()
+    assert loss(3.0) == pytest.approx(5 / 4 * 2 * (3 - 0.01), rel=1e-4)
+    assert loss(1e-3) == pytest.approx(5 / 4 * 2 * 1e-6 / 0.02, rel=0.01)           # near 0 as the squared error
+    item["moving"][..., 3, 9] = True
+    assert loss(3.0, moving_weight=2.0) == pytest.approx(5 / 4 * 2 * 2.99 * (1 + 2 / 128), rel=1e-4)
+
+
 def test_draws_depend_on_seed_and_sample_alone():
-    draws = lambda seed, P_std=1.8: train.Samples([dict(frame_index=[0, 1])] * 4000, (2, 2, 3, 1, 1),
-                                                  SimpleNamespace(seed=seed, P_mean=1.5, P_std=P_std, dropout=0.1))
-    a, b = draws(1)[7], draws(1)[7]
-    assert torch.equal(a["noise"], b["noise"]) and a["sigma"] == b["sigma"] and a["noise"].shape == (2, 2, 2, 3, 1, 1)
-    assert a["sigma"] not in (draws(1)[8]["sigma"], draws(2)[7]["sigma"])
+    draws = lambda seed, P_std=1.8: train.Samples([dict(frame_index=[0, 1])] * 4000, SimpleNamespace(
+        seed=seed, P_mean=1.5, P_std=P_std, dropout=0.1))
+    assert draws(1)[7]["sigma"] == draws(1)[7]["sigma"] not in (draws(1)[8]["sigma"], draws(2)[7]["sigma"])
     many = [draws(0)[i] for i in range(4000)]
     ln_sigma = np.log([x["sigma"] for x in many])
     assert abs(ln_sigma.mean() - 1.5) < 0.1 and abs(ln_sigma.std() - 1.8) < 0.1
@@ -213,12 +226,12 @@ def test_one_batch_overfits(episodes, whole):
     args = SimpleNamespace(seed=0, P_mean=3.0, P_std=0.0, dropout=0.0, lr=1e-3, muon_lr=0.02, beta2=0.98,
                            low_memory=False, precision="fp32")
     clips = data.Clips(episodes / "two", "train", (64, 80), single=True)
-    item = torch.utils.data.default_collate([train.Samples(clips, (2, 2, 96, 8, 10), args)[i] for i in range(2)])
+    item = torch.utils.data.default_collate([train.Samples(clips, args)[i] for i in range(2)])
     x_0 = sample.encode_targets(run, item["rgb"][:, :, 1:], item["points"][:, :, 1:])
     cond, _ = sample.encode_conditions(run, item["rgb"][:, :, 0], item["own_points"])
-    optimizers, losses = train.optimizers_of(net, args), []
+    optimizers, losses, noise = train.optimizers_of(net, args), [], torch.randn_like(x_0)
     for _ in range(60):
-        loss = train.training_loss(net, x_0, cond, None, item, item["noise"], item["sigma"], options()).mean()
+        loss = train.training_loss(net, x_0, cond, None, item, noise, item["sigma"], options()).mean()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -234,9 +247,9 @@ def test_a_run_leaves_weights_log_and_pictures(whole):
         assert (whole / name).stat().st_size > 0, name
     assert not list(whole.glob("*.partial"))
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    assert {"source", "torch", "hardware", "args"} <= set(lines[0])
+    assert {"torch", "hardware", "args"} <= set(lines[0])
     last = next(line for line in lines if line.get("step") == 20 and "loss" in line)
-    assert last["loss"] == pytest.approx(np.mean([last["loss"]])) and any("above_10" in key for key in last)
+    assert last["loss"] > 0 and last["lr"] > 0
     assert any("abs_rel-m" in line for line in lines)
 
 
@@ -360,6 +373,7 @@ def test_steps_that_go_wrong_stop_before_the_weights_are_touched(run, monkeypatc
 
 
 @pytest.mark.parametrize("flags, says", [
+    (["--preset", "svd", "--huber", "0.01"], "--huber 0.01 is for linear codes"),
     (["--steps", "0"], "--steps must be at least 1"), (["--single", "2"], "--single is a share"),
     (["--init", "DIR"], "DIR is no run folder"), (["--minutes", "3"], "one of them"), (["--views", "1"], "at least 2"),
     (["--mv_attention", "rgb"], "rgb_only"), (["--low_memory", "--ema", "0.9"], "--ema 0")])

@@ -1,6 +1,4 @@
 """Stage 1: the linear code, SVD's VAE, and the command that makes both kinds. Packed episodes are stood in for."""
-import os
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +6,7 @@ import torch
 
 import data
 import vae
-from vae import VAE, LinearCode, images_of, load_vae, masked_l1, save_vae
+from vae import VAE, LinearCode, images_of, load_vae, masked_l1, moment, save_vae
 
 SMALL = dict(block_out_channels=[8, 16], layers_per_block=1, latent_channels=4, norm_num_groups=4)
 LINEAR = dict(patch_size=4, components=12)
@@ -131,7 +129,11 @@ def test_pointmaps_of_both_frames():
     images, valid = images_of(clip, "pointmap")
     assert images.shape == (5, 3, 16, 24) and not valid[:, :, :3, :4].any()
     assert torch.equal(images[:4], clip["points"].flatten(0, 1)) and torch.equal(images[4], clip["own_points"][1])
-    assert images_of(clip, "rgb")[1].all()
+    clip = Clips(None, "train", (16, 24))[0]
+    for step, expected in ((4, clip["own_points"]), (5, clip["points"][:, 2:5].flatten(0, 1))):
+        images, valid, frames = moment(clip, step, 3)
+        assert torch.equal(images, expected) and frames == (3 if step % 2 else 1)
+        assert valid.shape == (len(images), 1, 16, 24) and not valid[..., :3, :4].any()
 
 
 def test_codes_are_fitted_once(stage, capsys):
@@ -145,23 +147,21 @@ def test_codes_are_fitted_once(stage, capsys):
 
 
 def test_fine_tuning_resumes_to_the_bit(stage, monkeypatch):
-    flags = ["--preset", "svd", "--init", str(stage / "hub"), "--steps", "6", "--lr", "0.001", "--save_every", "4"]
+    flags = ["--preset", "svd", "--init", str(stage / "hub"), "--steps", "6", "--lr", "0.001", "--save_every", "2"]
     run(stage, "whole", *flags)
-    step = torch.optim.Adam.step
+    step, steps = torch.optim.Adam.step, []
 
-    def step_and_terminate(self, *args):
-        step(self, *args)
+    def step_or_stop(self, *args):
         steps.append(1)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if len(steps) == 4:                                                  # after the save at step 2
+            raise KeyboardInterrupt
+        return step(self, *args)
 
-    steps = []
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", step_and_terminate)
-        with pytest.raises(SystemExit, match="stopped at step 3"):
-            run(stage, "parts", *flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.Adam, "step", step_or_stop)
+        run(stage, "parts", *flags)
     with pytest.raises(ValueError, match="was started with .*0.001"):
-        run(stage, "parts", *flags[:-4], "--lr", "1")
+        run(stage, "parts", *flags, "--lr", "1")
     run(stage, "parts", *flags)
     assert len({(stage / out / "vae_pointmap.safetensors").read_bytes() for out in ("whole", "parts")}) == 1
     names = {f"vae_{kind}.{end}" for kind in ("rgb", "pointmap") for end in ("safetensors", "json")}
