@@ -58,7 +58,7 @@ except ImportError:                                      # Windows: nothing keep
 # --single: geometry is learned from many view pairs, and one frame shows a pair as ten do, at a tenth of the price.
 # --P_mean: at low noise the target itself gives the other camera away, and cross-view attention has nothing to learn.
 FLAGS = {
-    "steps": ([1000, 12000, 30000], "optimiser steps"),
+    "steps": ([800, 12000, 30000], "optimiser steps"),
     "single": ([0.9, 0.6, 0.0], "share of them, the first, on single frames"),
     "single_batch": ([32, 64, 1], "single-frame samples a batch and process"),
     "batch": ([2, 3, 1], "clips a batch and process"),
