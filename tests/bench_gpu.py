@@ -202,7 +202,7 @@ def recipe(args):
         evaluate=["evaluate.py", "--task", args.task, "--run", folder, "--data", source, "--clips", 2 if few else 24,
                   "--out", args.out / "evaluation"],
         rollout=["evaluate.py", "--task", args.task, "--run", folder, "--rollout", 1 if few else 20,
-                 "--out", args.out / "rollouts"])
+                 "--execute", 2, "--out", args.out / "rollouts"])
     out = {}
     for name, command in commands.items():
         began = time.time()
@@ -243,7 +243,8 @@ def main():
     parser.add_argument("--recipe", type=float, default=0.0, metavar="MINUTES", help="then train tiny for so long")
     parser.add_argument("--recipe_only", action="store_true", help="nothing but the recipe")
     parser.add_argument("--task", type=int, default=1, help="of the recipe [1]")
-    parser.add_argument("--train_flags", nargs="*", default=["--single_batch", "64", "--batch", "8"],
+    parser.add_argument("--train_flags", nargs="*",
+                        default="--single_batch 256 --batch 16 --single 0.95 --ema 0.999 --workers 15".split(),
                         help="more flags for train.py; the last on the line")
     parser.add_argument("--rehearse", action="store_true", help="tiny numbers, on a CPU")
     args = parser.parse_args()
