@@ -5,8 +5,8 @@
     python evaluate.py --task 1 --ablation --minutes 30   # train the four rows of the paper's table alike, score them
     python evaluate.py --task 1 --rollout 20 --execute 4  # observe, generate, track, act on 4 frames, observe again
 
-Most of a tabletop stands still, where repeating the last frame is hard to beat: read that row beside every method,
-and the columns of what moves, of the hand, and of what stays. The truth's rows say what tracker and code can reach.
+Most of a tabletop stands still, where repeating the last frame is hard to beat: read that column beside every method,
+and the lines of what moves, of the hand, and of what stays. The truth's columns say what tracker and code can reach.
 
 Letters   V views (0 is the reference, n in the paper; the others are m), T predicted frames, F = T + 1 with the
           observed one, A arms, H W pixels, N anything, D features

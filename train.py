@@ -12,13 +12,14 @@ Stopped and started again with the same command, it goes on where it was, to the
 model.safetensors and model.json (averaged weights, for sample.py), resume.pt (all else that a resumed run needs),
 log.jsonl, sheet_STEP.png. Stage 1, data and codes, runs first where its outputs are missing.
 
-The loss (arXiv 2507.01099) is each stream's error on clean latents, weighted by noise level:
+The loss (arXiv 2507.01099) is each stream's error on clean latents (tiny, small: on their pixels), weighted by noise
+level:
     L = mean over views and frames of  L_diff(RGB) + lambda * L_3D-diff(pointmaps in the reference's frame)
 
 Letters   B samples, V views, S streams (0 RGB, 1 pointmap), T predicted frames, C latent channels, H W pixels, h w
           latent cells, K matrices of one shape
 References: the method, arXiv 2507.01099; EDM (noise levels and weights), arXiv 2206.00364; predicting x_0, arXiv
-2511.13720; Muon, Jordan 2024, kellerjordan.github.io/posts/muon.
+2511.13720; robust error, Charbonnier et al., ICIP 1994; Muon, Jordan 2024, kellerjordan.github.io/posts/muon.
 """
 import argparse
 import errno
@@ -71,7 +72,7 @@ FLAGS = {
     "P_mean": ([3.5, 3.5, 1.0], "mean of ln(sigma)"),
     "P_std": ([1.5, 1.5, 1.6], "standard deviation of ln(sigma)"),
     "weight_cap": ([5.0, 5.0, 1e9], "largest weight of a noise level"),
-    "huber": ([0.01, 0.01, 0.0], "pixels further off count in proportion; 0: the squared error of latents"),
+    "huber": ([0.01, 0.01, 0.0], "in [-1, 1]: pixels further off count in proportion; 0: squared error of latents"),
     "mask_weight": ([3.0, 3.0, 1.0], "extra weight with a gripper there or beside"),
     "moving_weight": ([2.0, 2.0, 0.0], "extra weight where something moves"),
     "dropout": ([0.0, 0.0, 0.1], "of each condition, for guidance"),
