@@ -1,9 +1,10 @@
 """The clip, the one dictionary that every stage reads and writes, and the episodes it is cut from.
 
     python data.py --task 1                            # render the synthetic world's episodes into data/task_1
-    python data.py --task 1 --source FOLDER            # pack recorded episodes, say what was found, draw preview.png
+    python data.py --task 1 --source FOLDER            # pack recorded episodes and say what was found
     python data.py --task 1 --source hub --episodes 3  # download and pack three of the public episodes
-    python data.py --task 1 --preview                  # data/task_1/preview.png: two views, both clouds in one frame
+
+Each also draws preview.png: two cameras of an episode, and both clouds in one frame.
 
 A *pointmap* is an image whose pixels hold metric x, y, z. Depth and intrinsics give it in the camera's own frame; poses
 carry it into the reference view's, where the clouds of all views meet.
@@ -21,6 +22,7 @@ References: the method, arXiv 2507.01099; pointmaps in another view's frame, arX
 huggingface.co/datasets/Zeyi/4dgen-dataset.
 """
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -28,9 +30,8 @@ import re
 import shutil
 import signal
 import threading
-import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,15 +52,15 @@ FRAMES = 10                 # predicted ones: five seconds
 MOVED = 0.013               # metres; a pixel whose point is farther than this from its observed point has moved
 MIN_SPEED = 0.02            # m/s; a clip must see an arm move faster than this in its first STATIC_SECONDS
 STATIC_SECONDS = 2.0
-TRAIN_CAMERAS, TEST_CAMERAS = range(0, 12), range(12, 16)      # of a rig of 16, as in the paper
+TRAIN_CAMERAS, TEST_CAMERAS = range(0, 12), range(12, 16)  # of a rig of 16, as in the paper
 
 
 @dataclass(frozen=True)
 class Task:
-    name: str               # as in the paper
-    folder: str             # as on the hub
-    object: str             # name of the manipulated object in an episode's label names
-    object_ids: tuple       # its label ids in public episodes, which carry no names
+    name: str          # as in the paper
+    folder: str        # as on the hub
+    object: str        # name of the manipulated object in an episode's label names
+    object_ids: tuple  # its label ids in public episodes, which carry no names
 
 
 TASKS = {
@@ -67,8 +68,7 @@ TASKS = {
     2: Task("PutSpatulaOnTable", "BimanualPutSpatulaOnTableFromUtensilCrock", "spatula", ()),
     3: Task("PlaceAppleFromBowlIntoBin", "BimanualPlaceAppleFromBowlIntoBin", "apple", (44,)),
 }
-ARMS = ("right", "left")
-OTHER, RIGHT_GRIPPER, LEFT_GRIPPER, OBJECT = 0, 1, 2, 3        # the labels of a packed episode
+OTHER, RIGHT_GRIPPER, LEFT_GRIPPER, OBJECT = 0, 1, 2, 3  # the labels of a packed episode
 PUBLIC_GRIPPER_IDS = {RIGHT_GRIPPER: (29, 30, 31), LEFT_GRIPPER: (33, 34, 35)}
 
 
@@ -80,7 +80,7 @@ def pixel_rays(height, width, intrinsics):
     xp = np if isinstance(intrinsics, np.ndarray) else torch
     like = dict(dtype=intrinsics.dtype, device=intrinsics.device)
     fx, fy, cx, cy = (intrinsics[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    rays = xp.ones((*intrinsics.shape[:-2], 3, height, width), **like)          # channels first in memory: faster
+    rays = xp.ones((*intrinsics.shape[:-2], 3, height, width), **like)  # channels first in memory: faster
     rays[..., 0, :, :] = (xp.arange(width, **like) - cx) / fx
     rays[..., 1, :, :] = (xp.arange(height, **like)[:, None] - cy) / fy
     return xp.moveaxis(rays, -3, -1)
@@ -94,8 +94,8 @@ def unproject(depth, intrinsics):
 def transform(points_in_a, a_in_b):
     """Points (..., 3) in frame a -> in frame b. The leading dimensions of a_in_b (..., 4, 4) are the points' first."""
     batch, shape = a_in_b.shape[:-2], points_in_a.shape
-    flat = points_in_a.reshape(*shape[:len(batch)], -1, 3)                      # (..., N, 3)
-    moved = (a_in_b[..., :3, :3] @ flat.mT + a_in_b[..., :3, 3:]).mT            # this way round is faster
+    flat = points_in_a.reshape(*shape[:len(batch)], -1, 3)            # (..., N, 3)
+    moved = (a_in_b[..., :3, :3] @ flat.mT + a_in_b[..., :3, 3:]).mT  # this way round is faster
     return moved.reshape(*moved.shape[:-2], *shape[len(batch):])
 
 
@@ -185,14 +185,13 @@ def pose_errors(a_in_ref, b_in_ref):
     return np.linalg.norm(a_in_ref[..., :3, 3] - b_in_ref[..., :3, 3], axis=-1), np.rad2deg(rotation_angle(turned))
 
 
-def rigid_fit(source, target, weights=None):
+def rigid_fit(source, target, weights):
     """source_in_target (..., 4, 4) from points (..., N, 3) and their partners, weighted least squares (Kabsch 1976)."""
-    weights = np.ones(source.shape[:-1]) if weights is None else weights
-    weights = (weights / weights.sum(-1, keepdims=True))[..., None]             # (..., N, 1)
+    weights = (weights / weights.sum(-1, keepdims=True))[..., None]  # (..., N, 1)
     source_mean, target_mean = (weights * source).sum(-2), (weights * target).sum(-2)
     covariance = (source - source_mean[..., None, :]).mT @ (weights * (target - target_mean[..., None, :]))
     u, _, vt = np.linalg.svd(covariance)
-    u[..., 2] *= np.sign(np.linalg.det(u @ vt))[..., None]                      # a rotation, never a mirror image
+    u[..., 2] *= np.sign(np.linalg.det(u @ vt))[..., None]  # a rotation, never a mirror image
     rotation = (u @ vt).mT
     return pose(target_mean - (rotation @ source_mean[..., None])[..., 0], rotation)
 
@@ -202,45 +201,39 @@ def rigid_fit(source, target, weights=None):
 @contextmanager
 def reading(path, hint=""):
     """What goes wrong with a file that is read, as a ValueError of one line. hint: how it can be made."""
+    path, hint = Path(path), hint and ": " + hint
     try:
         yield
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing" + f": {hint}" * bool(hint)) from None
+        raise ValueError(f"{path} is missing{hint}") from None
     except OSError as error:
-        first = str(error.strerror or error).partition("\n")[0]
-        raise ValueError(f"cannot read {path}: {first}") from None
-    except Exception as error:      # of zip, zlib, json, npy, ...: whatever a damaged file makes them raise
-        head, path = Path(path).read_bytes()[:40], Path(path)
-        why = (str(error) or "it is empty").splitlines()[0]
-        says = f"is damaged ({why}): replace or delete it" + f"; {hint}" * bool(hint)
-        if head.startswith(b"version https://git-lfs"):
-            says = "is a git-lfs pointer: fetch the file itself with `git lfs pull`"
-        elif path.suffix == ".npz" and head and not head.startswith(b"PK"):
-            says = f"is no npz file: it begins with {head[:8]!r}"
-        elif "allow_pickle" in str(error):
-            says = "holds pickled objects, which are never loaded"
-        raise ValueError(f"{path} {says}") from None
+        raise ValueError(f"cannot read {path}: {str(error.strerror or error).splitlines()[0]}") from None
+    except Exception as error:  # of zip, zlib, json, npy, ...: whatever a damaged file makes them raise
+        why, head = (str(error) or "it is empty").splitlines()[0], path.read_bytes()[:24]
+        raise ValueError(f"{path} is damaged ({why}; begins with {head}){hint or ': replace or delete it'}") from None
 
 
 @contextmanager
 def writing(path):
-    """Yields a name beside `path` to write to, which becomes `path` when all is written."""
+    """Yields a name beside `path`, for a file or a folder that becomes `path` when all is written. A file that is there
+    is replaced, a folder never."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    unfinished = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
+        shutil.rmtree(unfinished, ignore_errors=True)  # a killed process left it
+        yield unfinished
+        os.replace(unfinished, path)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.unlink(missing_ok=True)
 
 
-def read_npz(path, hint="", keys=None):
-    """The arrays of an npz file, or those of them that are in `keys`, as a dict."""
+def read_npz(path, hint=""):
     with reading(path, hint), np.load(path) as file:
-        return {key: file[key] for key in file if keys is None or key in keys}
+        return dict(file)
 
 
 def read_json(path, hint=""):
@@ -266,23 +259,23 @@ def pyplot():
     return plt
 
 
-def write_gif(path, frames, fps, seconds=None):
-    """Frames (T, H, W, 3) uint8 as a gif at true speed; `seconds` (T,): a clock, drawn in a corner."""
+def write_gif(path, frames, fps, seconds):
+    """Frames (T, H, W, 3) uint8 as a gif at true speed, with a clock that shows `seconds` (T,) in a corner."""
     from PIL import Image, ImageDraw
-    pictures = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
-    for picture, time in zip(pictures, () if seconds is None else seconds):
+    pictures = [Image.fromarray(frame) for frame in frames]
+    for picture, time in zip(pictures, seconds):
         ImageDraw.Draw(picture).text((3, 1), f"{time:+.1f} s", fill="white", stroke_fill="black", stroke_width=1)
     # One palette for all: of the frames' own, a small thing of a rare colour would not get one.
     some = np.concatenate([np.asarray(picture) for picture in pictures[::4]])
     palette = Image.fromarray(some).quantize(256, method=Image.Quantize.FASTOCTREE)
-    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    first, *others = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
     with writing(path) as partial:
-        pictures[0].save(partial, "GIF", save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0)
+        first.save(partial, "GIF", save_all=True, append_images=others, duration=1000 / fps, loop=0)
 
 
 # ------------------------------------ the clip
 
-CLIP = {                    # key: its axes and kind; the poses of views are those of the observed instant
+CLIP = {  # key: its axes and kind; the poses of views are those of the observed instant
     "observed_rgb": ("V H W 3", "rgb"),
     "observed_depth": ("V H W", "depth"),
     "observed_gripper": ("V A H W", "mask"),
@@ -291,18 +284,18 @@ CLIP = {                    # key: its axes and kind; the poses of views are tho
     "observed_gripper_in_ref": ("A 4 4", "pose"),
     "observed_opening": ("A", "opening"),
     "ref_in_world": ("4 4", "pose"),
-    "rgb": ("V T H W 3", "rgb"),                               # the prediction
+    "rgb": ("V T H W 3", "rgb"),  # the prediction
     "points": ("V T H W 3", "points"),
     "valid": ("V T H W", "mask"),
     "view_in_ref": ("V 4 4", "pose"),
-    "true_rgb": ("V T H W 3", "rgb"),                          # the truth, where it is known
+    "true_rgb": ("V T H W 3", "rgb"),  # the truth, where it is known
     "true_points": ("V T H W 3", "points"),
     "true_valid": ("V T H W", "mask"),
     "true_view_in_ref": ("V 4 4", "pose"),
     "true_gripper": ("V T A H W", "mask"),
     "true_gripper_in_ref": ("F A 4 4", "pose"),
     "true_opening": ("F A", "opening"),
-    "frame_index": ("T", "number"),                            # which of the frames 0, 1, ... after the observed one
+    "frame_index": ("T", "number"),  # which of the frames 0, 1, ... after the observed one
     "fps": ("", "number"),
 }
 NEEDS = {
@@ -362,31 +355,33 @@ def canonical(array, kind, name, size=(None, None)):
     known = array[np.isfinite(array)] if form == "f" else array
     low, high = (known.min(), known.max()) if known.size and form in "buif" else (0, 0)
     good = form in "buif" and (known.size == array.size or kind in ("depth", "points"))
-    if kind == "rgb":
-        good &= form in "ui" and 0 <= low and high <= 255
+    if not good:
+        pass
+    elif kind == "rgb":
+        good = form in "ui" and 0 <= low and high <= 255
     elif kind == "depth":
         unit = np.float32(1 if form == "f" else 0.001)
-        measured = known[known > 0] * unit if good else known
-        good &= form != "b" and (high <= 0 or np.median(measured) >= 0.05 and (measured <= FAR).mean() >= 0.2)
-        array = np.where((array > 0) & (array < np.inf), array, 0).astype(dtype) * unit if good else array
+        measured = known[known > 0] * unit
+        good = form != "b" and (high <= 0 or np.median(measured) >= 0.05 and (measured <= FAR).mean() >= 0.2)
+        array = np.where((array > 0) & (array < np.inf), array, 0).astype(dtype) * unit
     elif kind == "mask":
-        good &= low >= 0 and (high <= 1 or high == 255)
-        array = array > (high / 2 if high > 1 else 0.5) if good else array
+        good = low >= 0 and (high <= 1 or high == 255)
+        array = array > (high / 2 if high > 1 else 0.5)
     elif kind == "points":
-        good &= form == "f" and (not known.size or np.median(np.abs(known)) < 20)
+        good = form == "f" and (not known.size or np.median(np.abs(known)) < 20)
     elif kind == "opening":
-        good &= -0.005 <= low and high <= 0.25
-    elif kind == "pose" and good:
+        good = -0.005 <= low and high <= 0.25
+    elif kind == "pose":
         R = array[..., :3, :3].astype(float)
         off = max(np.abs(R @ R.mT - np.eye(3)).max(), np.abs(array[..., 3, :] - (0, 0, 0, 1)).max())
         good = off < 1e-3 and (np.linalg.det(R) > 0).all() and max(-low, high) < 20
-    elif kind == "intrinsics" and good:
+    elif kind == "intrinsics":
         middle, focal = array[..., (0, 1), 2] / size[::-1] - 0.5, array[..., (0, 1), (0, 1)] / max(size)
         rest = array[..., (0, 1, 2, 2, 2), (1, 0, 0, 1, 2)] - (0, 0, 0, 0, 1)
         good = np.abs(middle).max() < 0.15 and 0.2 < focal.min() and focal.max() < 10 and np.abs(rest).max() < 1e-3
     if not good:
         holes = ", some of it not finite" * (known.size < array.size)
-        raise ValueError(f"{name} is {array.dtype} {low:g} to {high:g}{holes}: expected "
+        raise ValueError(f"{name} is {known.dtype} {low:g} to {high:g}{holes}: expected "
                          + expected.format(size_text(size)))
     return array.astype(dtype or array.dtype)
 
@@ -405,11 +400,11 @@ def read_clip(episode, start, cameras, predicted=range(FRAMES), size=None):
     predicted: which of the frames 0, 1, ... at CLIP_HZ after that one; size (H, W): by default the episode's.
     """
     cameras, predicted, size = np.asarray(cameras), np.asarray(predicted, int), tuple(size or episode.size)
-    times = start + episode.stride * np.concatenate([[0], predicted + 1])       # (F,)
+    times = start + episode.stride * np.concatenate([[0], predicted + 1])  # (F,)
     numbers = [str(c + 1) for c in cameras]
-    if cameras.min() < 0 or cameras.max() >= episode.cameras or start < 0 or times.max() >= episode.frames:
+    if not (0 <= min(cameras) <= max(cameras) < episode.cameras and 0 <= start <= max(times) < episode.frames):
         raise ValueError(f"{episode.folder} has {episode.cameras} cameras and {episode.frames} frames, not cameras "
-                         f"{', '.join(numbers)} from {start} to {times.max()}")
+                         f"{', '.join(numbers)} from {start} to {max(times)}")
     rgb, depth, label = (resize(getattr(episode, kind)[cameras[:, None], times], size, kind)
                          for kind in ("rgb", "depth", "label"))                 # (V, F, H, W, ...)
     depth = depth / np.float32(1000)
@@ -427,7 +422,8 @@ def read_clip(episode, start, cameras, predicted=range(FRAMES), size=None):
         true_rgb=rgb[:, 1:], true_points=transform(own, view_in_ref[:, 1:].astype(np.float32)), true_valid=valid,
         true_view_in_ref=view_in_ref[:, 0], true_gripper_in_ref=gripper_in_ref, true_opening=opening)
     if episode.labelled:
-        gripper = label[:, :, None] == np.array(episode.gripper_labels)[:, None, None]  # (V, F, A, H, W)
+        hands = RIGHT_GRIPPER + np.arange(opening.shape[1])  # (A,)
+        gripper = label[:, :, None] == hands[:, None, None]  # (V, F, A, H, W)
         clip |= dict(observed_gripper=gripper[:, 0], true_gripper=gripper[:, 1:],
                      observed_object=label[:, 0] == OBJECT)
     return clip
@@ -447,19 +443,17 @@ def to_tensors(clip):
     """
     known = "true_rgb" in clip
     channels_first = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, -3)))
-    frames = lambda seen, key: np.concatenate([seen[:, None], clip[key]], 1) if known else seen[:, None]   # (V, F, ...)
+    frames = lambda seen, key: np.concatenate([seen[:, None], clip[key]], 1) if known else seen[:, None]  # (V, F, ...)
     own, valid = point_maps(clip["observed_depth"], clip["intrinsics"].astype(np.float32))  # (V, H, W, 3)
     rgb, valid = frames(clip["observed_rgb"], "true_rgb"), frames(valid, "true_valid")
-    seen = clip.get("observed_gripper", np.zeros_like(valid[:, :1]))            # (V, A, H, W)
-    gripper = np.zeros((*valid.shape[:2], *seen.shape[1:]), bool)               # (V, F, A, H, W)
-    gripper[:, 0] = seen
+    labelled = "observed_gripper" in clip
+    gripper = frames(clip["observed_gripper"], "true_gripper") if labelled else np.zeros_like(valid[:, :, None])
     item = dict(rgb=channels_first(rgb) / 127.5 - 1, valid=torch.from_numpy(valid), gripper=torch.from_numpy(gripper),
                 own_points=normalize_points(channels_first(own)))
     if known:
         now = transform(own, clip["true_view_in_ref"].astype(np.float32))
-        points = channels_first(frames(now, "true_points"))                     # (V, F, 3, H, W) m
+        points = channels_first(frames(now, "true_points"))  # (V, F, 3, H, W) m
         near = ((points[:, 1:] - points[:, :1]).square().sum(2) <= MOVED**2).numpy() & valid[:, :1]
-        gripper[:, 1:] = clip.get("true_gripper", False)
         item |= dict(points=normalize_points(points), moving=torch.from_numpy(valid[:, 1:] & ~near),
                      frame_index=torch.as_tensor(clip["frame_index"]))
     return item
@@ -473,20 +467,21 @@ def split_of(name):
 def moving_starts(episode, frames=FRAMES):
     """Frames at which a clip can start: it must fit, and an arm must move in its first two seconds."""
     last = episode.frames - 1 - episode.stride * frames
-    window = max(1, round(STATIC_SECONDS * episode.rate_hz))
+    window = round(STATIC_SECONDS * episode.rate_hz)
     speed = np.linalg.norm(np.diff(episode.gripper_in_world[..., :3, 3], axis=0), axis=-1) * episode.rate_hz  # (T-1,A)
     return [t for t in range(last + 1) if speed[t:t + window].max(initial=0) > MIN_SPEED]
 
 
 class Clips(torch.utils.data.Dataset):
     """Clips of V views from the cameras and episodes of one split: [i] as tensors, .clip(i) as the metric dictionary,
-    each a function of (seed, i) alone. `single`: one random predicted frame (T = 1).
+    each a function of (seed, i) alone. `single`: one predicted frame (T = 1), the nearer of two random ones, for a
+    robot acts on the first and looks again.
 
     A rig of fewer than 16 cameras serves both splits with all of them, and a folder whose episodes are all of one
     split with all of those (`held_out` is then False).
     """
 
-    def __init__(self, folder, split, size, views=2, frames=FRAMES, single=False, seed=0, length=1 << 30):
+    def __init__(self, folder, split, size, views=2, frames=FRAMES, single=False, seed=0):
         every = [load_episode(path) for path in episode_folders(folder)]
         chosen = [episode for episode in every if split_of(episode.folder.name) == split]
         self.held_out = 0 < len(chosen) < len(every)
@@ -501,12 +496,11 @@ class Clips(torch.utils.data.Dataset):
                 self.cuts.append((episode, starts, cameras))
         if not self.cuts:
             raise ValueError(f"no {split} episode of {folder} holds a moving clip of 1 + {frames} frames")
-        self.episodes = [episode for episode, _, _ in self.cuts]
         self.size, self.views, self.frames = tuple(size), views, frames
-        self.single, self.seed, self.length = single, seed, length
+        self.single, self.seed = single, seed
 
     def __len__(self):
-        return self.length
+        return 1 << 30
 
     def __getitem__(self, i):
         return to_tensors(self.clip(i))
@@ -515,103 +509,78 @@ class Clips(torch.utils.data.Dataset):
         draw = np.random.default_rng([self.seed, i])
         episode, starts, cameras = self.cuts[draw.integers(len(self.cuts))]
         start, cameras = int(draw.choice(starts)), draw.choice(cameras, self.views, replace=False)
-        predicted = draw.integers(self.frames, size=1) if self.single else np.arange(self.frames)
+        predicted = [draw.integers(self.frames, size=2).min()] if self.single else np.arange(self.frames)
         return read_clip(episode, start, cameras, predicted, self.size)
 
 
 # ------------------------------------ packed episodes
 # A folder named after the recording: rgb.npy (R,T,H,W,3) uint8, depth.npy (R,T,H,W) uint16 mm (0: nothing measured),
-# label.npy (R,T,H,W) uint8, cameras.npz, robot.npz and episode.json (task, source, rate_hz, arms, labelled, ...).
+# label.npy (R,T,H,W) uint8, cameras.npz, robot.npz and episode.json (task, source, rate_hz, labelled, ...).
 
 AGAIN = "delete its folder and run data.py again"
 
 
 class Episode(SimpleNamespace):
     """A packed episode: size (H, W), cameras R, frames T, rgb, depth, label, intrinsics (R,3,3), cam_in_world
-    (R,T,4,4), gripper_in_world (T,A,4,4), gripper_opening (T,A), gripper_labels (A,), rate_hz, stride, labelled, info,
-    folder. Pictures are mapped only while they are read, so that any number of episodes can be open."""
-    rgb = property(lambda self: self.map("rgb"))
-    depth = property(lambda self: self.map("depth"))
-    label = property(lambda self: self.map("label"))
+    (R,T,4,4), gripper_in_world (T,A,4,4), gripper_opening (T,A), rate_hz, stride, labelled, info, folder. Pictures are
+    mapped only while they are read, so that any number of episodes can be open."""
+    rgb = property(lambda self: self.map("rgb.npy"))
+    depth = property(lambda self: self.map("depth.npy"))
+    label = property(lambda self: self.map("label.npy"))
 
     def map(self, name):
-        path, (shape, dtype, offset) = f"{self.folder}/{name}.npy", self.arrays[name]
-        with reading(path):
-            return np.asarray(np.memmap(path, dtype, "r", offset, shape))       # np.load would read its header again
+        with reading(self.folder / name, AGAIN):
+            return np.load(self.folder / name, mmap_mode="r")
 
 
 def load_episode(folder):
-    folder, arrays = Path(folder), {}
-    info, cameras, robot = (read(folder / name, AGAIN) for read, name in (
-        (read_json, "episode.json"), (read_npz, "cameras.npz"), (read_npz, "robot.npz")))
-    for name in ("rgb", "depth", "label"):
-        with reading(folder / f"{name}.npy", AGAIN):
-            array = np.load(folder / f"{name}.npy", mmap_mode="r")
-            arrays[name] = array.shape, array.dtype, array.offset
-    try:
-        episode = Episode(folder=folder, info=info, arrays=arrays, **cameras, **robot)
-        (R, T, H, W, _), arms = arrays["rgb"][0], episode.gripper_opening.shape[1]
-        if not arrays["depth"][0] == arrays["label"][0] == (R, T, H, W) or len(episode.gripper_opening) != T:
-            raise ValueError
-        if episode.cam_in_world.ndim == 3:              # cameras that stand
-            episode.cam_in_world = np.broadcast_to(episode.cam_in_world[:, None], (R, T, 4, 4))
-        episode.size, episode.cameras, episode.frames = (H, W), R, T
-        episode.rate_hz, episode.stride = info["rate_hz"], clip_stride(info["rate_hz"], folder)
-        episode.labelled = info.get("labelled", True)
-        episode.gripper_labels = [1 + ARMS.index(arm) for arm in info.get("arms", ARMS[:arms])]
-        return episode
-    except (KeyError, ValueError, TypeError, AttributeError):
-        raise ValueError(f"the files of {folder} do not belong together: {AGAIN}") from None
-
-
-def packed_folders(folder):
-    return sorted(path.parent for path in Path(folder).glob("*/episode.json") if path.parent.suffix != ".partial")
+    folder = Path(folder)
+    arrays = read_npz(folder / "cameras.npz", AGAIN) | read_npz(folder / "robot.npz", AGAIN)
+    with reading(path := folder / "episode.json", AGAIN):
+        info = json.loads(path.read_text())
+        episode = Episode(folder=folder, info=info, **arrays, rate_hz=info["rate_hz"],
+                          stride=clip_stride(info["rate_hz"], folder), labelled=info.get("labelled", True))
+    episode.cameras, episode.frames, *size = episode.rgb.shape[:4]
+    episode.size = tuple(size)
+    if episode.cam_in_world.ndim == 3:  # cameras that stand
+        episode.cam_in_world = episode.cam_in_world[:, None].repeat(episode.frames, 1)
+    return episode
 
 
 def episode_folders(folder):
     """The packed episodes in a folder, in order of their names."""
-    if not (found := packed_folders(folder)):
+    if not (found := sorted(path.parent for path in Path(folder).glob("*/episode.json"))):
         raise ValueError(f"no packed episodes in {folder}: run python data.py --task N --out {folder}")
     return found
 
 
 def save_episode(folder, rgb, depth, label, intrinsics, cam_in_world, gripper_in_world, gripper_opening, info):
-    """Write one packed episode: its folder appears when it is complete, never in place of another."""
-    folder = Path(folder)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")      # of this process alone
-    try:
-        for left_by_a_killed_process in folder.parent.glob(folder.name + ".*.partial"):
-            shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
-        partial.mkdir(parents=True)
+    """Write one packed episode: its folder appears when it is complete."""
+    with writing(folder) as partial:
+        partial.mkdir()
         for name, array in (("rgb", rgb), ("depth", depth), ("label", label)):
             np.save(partial / f"{name}.npy", array)
         np.savez(partial / "cameras.npz", intrinsics=intrinsics, cam_in_world=cam_in_world)
         np.savez(partial / "robot.npz", gripper_in_world=gripper_in_world, gripper_opening=gripper_opening)
         write_json(partial / "episode.json", info)
-        os.rename(partial, folder)
-    except OSError as error:
-        raise ValueError(f"cannot write {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def packed_already(out, task, source, size):
-    """{folder name: episode.json} of what `out` holds. Another source, task or size is refused."""
-    packed = [load_episode(path) for path in packed_folders(out)]
+    """The names of the episodes that `out` holds. Another source, task or size is refused."""
+    packed = [load_episode(path.parent) for path in Path(out).glob("*/episode.json")]
     for episode in packed:
         there = f"{episode.info['source']}, task {episode.info['task']}, {size_text(episode.size)}"
         if there != (asked := f"{source}, task {task}, {size_text(size)}"):
             raise ValueError(f"{episode.folder} is {there}, not {asked}: one folder holds one kind, give another --out")
-    return {episode.folder.name: episode.info for episode in packed}
+    return [episode.folder.name for episode in packed]
 
 
 # ------------------------------------ recorded episodes, the public layout
 # A folder each, `<session>/diffusion_spartan/episode_K/processed` or any other, with the files and keys that README.md
-# lists; one arm will do. Depth may be floating-point metres, too. metadata.yaml, if any: rate_hz [10]; label_names,
+# lists. Depth may be floating-point metres, too. metadata.yaml, if any: rate_hz [10]; label_names,
 # {id: name}, where names begin with right_hand, right_finger, left_hand, left_finger or TASKS's object [public ids].
 
 HUB_DATASET = "Zeyi/4dgen-dataset"
-HUB_FILES = ("observations.npz", "intrinsics.npz", "extrinsics.npz", "metadata.yaml")
 
 
 def natural(name):
@@ -619,27 +588,33 @@ def natural(name):
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
 
 
-def packed_name(folder):
-    """session_episode of a recording's folder."""
-    parts = [part for part in Path(folder).parts if part not in ("processed", "diffusion_spartan")]
-    return re.sub(r"[^\w.+-]+", "_", "_".join(parts[-2:])).lstrip(".")
+def ask_hub(method, **arguments):
+    import huggingface_hub
+    try:
+        return getattr(huggingface_hub.HfApi(), method)(HUB_DATASET, repo_type="dataset", **arguments)
+    except Exception as error:  # the client has a dozen types for "no", "not now" and "not you"
+        raise ValueError(f"cannot read huggingface.co/datasets/{HUB_DATASET} ({type(error).__name__}): check the "
+                         "network, accept its terms and run `hf auth login`, or pass --source FOLDER") from None
 
 
-def find_recorded(source, task, episodes=None):
-    """{name when packed: folder} of a task's first `episodes` recordings."""
-    source, found = Path(source), {}
-    if not source.is_dir():
+def find_recorded(source, task):
+    """{session_episode: folder} of a task's recordings below the folder `source`, or on the "hub"."""
+    if source == "hub":
+        files = [Path(file) for file in ask_hub("list_repo_files") if file.startswith(TASKS[task].folder)]
+    elif Path(source).is_dir():
+        files = Path(source).resolve().rglob("observations.npz")
+    else:
         raise ValueError(f"--source {source}: no such folder (or say synthetic, or hub)")
-    files = [*source.rglob("processed/observations.npz")] or [*source.rglob("observations.npz")]
-    others = {t.folder for number, t in TASKS.items() if number != task}
-    for folder in sorted((file.resolve().parent for file in files), key=natural):
-        if not others & set(folder.parts):
-            if (name := packed_name(folder)) in found:
-                raise ValueError(f"{found[name]} and {folder} would both be packed as {name}: rename one of them")
-            found[name] = folder
+    others, found = {t.folder for number, t in TASKS.items() if number != task}, {}
+    folders = [file.parent for file in files if file.name == "observations.npz" and not others & set(file.parts)]
+    for folder in sorted([folder for folder in folders if folder.name == "processed"] or folders, key=natural):
+        name = "_".join([part for part in folder.parts[1:] if part not in ("processed", "diffusion_spartan")][-2:])
+        if name in found:
+            raise ValueError(f"{found[name]} and {folder} would both be packed as {name}: rename one of them")
+        found[name] = folder
     if not found:
         raise ValueError(f"{source} holds no observations.npz of task {task}: README.md has the layout")
-    return dict([*found.items()][:episodes])
+    return found
 
 
 def read_metadata(path, task):
@@ -655,30 +630,22 @@ def read_metadata(path, task):
     return rate_hz, ids
 
 
-def read_recorded(path, key, *shapes, kind=None, size=(None, None)):
+def read_recorded(path, key, *shapes, kind="number", size=(None, None)):
     """The array `key` of an npz file, if it has one of `shapes` (None: any length) and fits its kind."""
-    arrays = read_npz(path, keys=[key])
-    if key not in arrays:
+    with reading(path), np.load(path) as file:
+        array = file[key] if key in file else None
+    if array is None:
         raise ValueError(f"{path} has no array '{key}'")
-    got = arrays[key].shape
-    if not any(len(got) == len(shape) and all(want in (None, n) for want, n in zip(shape, got)) for shape in shapes):
+    fits = lambda shape: len(shape) == array.ndim and all(want in (None, n) for want, n in zip(shape, array.shape))
+    if not any(map(fits, shapes)):
         expected = " or ".join(map(str, shapes)).replace("None", "any")
-        raise ValueError(f"{path}: '{key}' has shape {got}, expected {expected}")
-    return canonical(arrays[key], kind, f"{path}: '{key}'", size) if kind else arrays[key]
+        raise ValueError(f"{path}: '{key}' has shape {array.shape}, expected {expected}")
+    return canonical(array, kind, f"{path}: '{key}'", size)
 
 
-def fingerprint(folder):
-    """A number that changes with what a recording's files hold, from the checksums that npz files list."""
-    sums, metadata = [], folder / "metadata.yaml"
-    for name in HUB_FILES[:3]:
-        with reading(folder / name), zipfile.ZipFile(folder / name) as file:
-            sums += sorted((name, entry.filename, entry.CRC) for entry in file.infolist())
-    return zlib.crc32(repr(sums).encode() + (metadata.read_bytes() if metadata.exists() else b""))
-
-
-def pack_recorded(folder, out, task, size, source="recorded"):
-    file, intrinsics_file, extrinsics_file, metadata = (folder / name for name in HUB_FILES)
-    rate_hz, label_ids = read_metadata(metadata, task)
+def pack_recorded(folder, out, task, size):
+    file, intrinsics, extrinsics = (folder / f"{name}.npz" for name in ("observations", "intrinsics", "extrinsics"))
+    rate_hz, label_ids = read_metadata(folder / "metadata.yaml", task)
     clip_stride(rate_hz, folder)
     with reading(file), np.load(file) as arrays:
         keys = arrays.files
@@ -691,101 +658,61 @@ def pack_recorded(folder, out, task, size, source="recorded"):
     for name in names:
         rgb = read_recorded(file, name, (frames, None, None, 3), kind="rgb")
         frames, *old_size = shape = rgb.shape[:3]
-        depth = read_recorded(file, name + "_depth", shape, kind="depth")                        # m
+        depth = read_recorded(file, name + "_depth", shape, kind="depth")  # m
         label = np.zeros(shape, np.uint8)
         if labelled:
             recorded = read_recorded(file, name + "_label", shape)
             for number, ids in label_ids.items():
                 label[np.isin(recorded, ids)] = number
-        K = read_recorded(intrinsics_file, name, (3, 3), kind="intrinsics", size=old_size)
-        cam_in_world = read_recorded(extrinsics_file, name, (frames, 4, 4), (4, 4), kind="pose")
+        K = read_recorded(intrinsics, name, (3, 3), kind="intrinsics", size=old_size)
+        cam_in_world = read_recorded(extrinsics, name, (frames, 4, 4), (4, 4), kind="pose")
         mm = np.where(depth < 65, np.rint(depth * 1000), 0).astype(np.uint16)
         cameras.append((resize(rgb, size, "rgb"), resize(mm, size, "depth"), resize(label, size, "label"),
                         scale_intrinsics(K, old_size, size), np.broadcast_to(cam_in_world, (frames, 4, 4))))
 
-    key = "robot__actual__{}__{}::panda_{}".format             # the desired poses run ahead of the hand
-    arms = [arm for arm in ARMS if key("poses", arm, "_xyz") in keys] or [ARMS[0]]
+    key = "robot__actual__{}__{}::panda_{}".format  # the desired poses run ahead of the hand
     gripper_in_world, opening = [], []
-    for arm in arms:
-        xyz = read_recorded(file, key("poses", arm, "_xyz"), (frames, 3))
+    for arm in ("right", "left")[:1 + (key("poses", "left", "_xyz") in keys)]:
+        xyz = read_recorded(file, at := key("poses", arm, "_xyz"), (frames, 3))
         rot_6d = read_recorded(file, key("poses", arm, "_rot_6d"), (frames, 6))
-        gripper_in_world.append(canonical(pose(xyz, rotation_from_6d(rot_6d)), "pose", f"{file}: "
-                                          f"'{key('poses', arm, '_xyz')}' with '.._rot_6d'"))
-        opening.append(read_recorded(file, key("grippers", arm, "hand"), (frames, 1), kind="opening")[:, 0])
-    info = dict(task=task, source=source, rate_hz=rate_hz, arms=arms, labelled=labelled, cameras=names,
-                recording=fingerprint(folder))
+        in_world = canonical(pose(xyz, rotation_from_6d(rot_6d)), "pose", f"{file}: '{at}' with rot_6d")
+        width = read_recorded(file, key("grippers", arm, "hand"), (frames, 1), (frames,), kind="opening")
+        gripper_in_world.append(in_world)
+        opening.append(width.reshape(frames))
+    info = dict(task=task, source="recorded", rate_hz=rate_hz, labelled=labelled, cameras=names)
     save_episode(out, *(np.stack(arrays) for arrays in zip(*cameras)), np.stack(gripper_in_world, 1),
                  np.stack(opening, 1), info)
 
 
 def pack_folder(source, task, out, size, episodes=None):
-    """Pack the recorded episodes of a task under `source` that `out` has not yet. Returns the new names."""
-    found, packed = find_recorded(source, task, episodes), packed_already(out, task, "recorded", size)
-    for name in packed.keys() & found.keys():
-        if packed[name].get("recording") not in (None, fingerprint(found[name])):
-            raise ValueError(f"{Path(out) / name} was packed from other files than {found[name]} holds: rename one of "
-                             "the recordings' folders, delete that episode to pack it anew, or give another --out")
-    new = {name: folder for name, folder in found.items() if name not in packed}
-    for name, folder in tqdm(new.items(), desc=f"packing {source}", unit="episode"):
-        pack_recorded(folder, Path(out) / name, task, size)
-    return [*new]
+    """Pack a task's first `episodes` recordings, of a folder or the "hub", that `out` has not yet: their names."""
+    out, packed = Path(out), packed_already(out, task, "recorded", size)
+    found = dict([*find_recorded(source, task).items()][:episodes])
+    raw, new = out / "raw.partial", [name for name in found if name not in packed]
+    if known := len(found) - len(new):
+        print(f"{known} of {source} were packed before: delete their folders in {out} to pack them anew")
+    for name in tqdm(new, desc=f"packing {source}", unit="episode"):
+        if source == "hub":
+            files = [f"{found[name]}/*.npz", f"{found[name]}/metadata.yaml"]
+            ask_hub("snapshot_download", local_dir=raw, allow_patterns=files)
+        pack_recorded(raw / found[name], out / name, task, size)  # what lies below a folder has an absolute path
+        shutil.rmtree(raw, ignore_errors=True)
+    return new
 
 
-def report(folder, brief=False):
-    """Print a line for a packed episode and one for each camera; `brief`: for doubtful cameras only."""
+def report(folder):
+    """Print what a packed episode holds, and how far from the others' the points of each camera are."""
     episode = load_episode(folder)
-    print(f"{folder}: {episode.cameras} cameras at {size_text(episode.size)}, {episode.frames} frames at "
-          f"{episode.rate_hz:g} Hz, {len(moving_starts(episode))} moving clips; arms: "
-          f"{', '.join(episode.info['arms'])}; {'' if episode.labelled else 'not '}labelled")
     points, valid = point_maps(episode.depth[:, 0] / 1000, episode.intrinsics)
     clouds = [cloud[seen] for cloud, seen in zip(transform(points, episode.cam_in_world[:, 0]), valid)]
+    print(f"{folder}: {episode.cameras} cameras at {size_text(episode.size)}, {episode.frames} frames at "
+          f"{episode.rate_hz:g} Hz, {len(moving_starts(episode))} moving clips; depth in {valid.mean():.0%} of the "
+          f"pixels; {episode.gripper_opening.shape[1]} hands, {'' if episode.labelled else 'not '}labelled")
     for c, name in enumerate(episode.info["cameras"]):
-        depth, others = episode.depth[c] / 1000, np.concatenate(clouds[:c] + clouds[c + 1:])
-        measured = depth[(depth > 0) & (depth <= FAR)]
-        near, far = np.quantile(measured, (0.01, 0.99)) if measured.size else (np.nan, np.nan)
-        some = clouds[c][::1 + len(clouds[c]) // 4000]
+        some, others = clouds[c][::1 + len(clouds[c]) // 4000], np.concatenate(clouds[:c] + clouds[c + 1:])
         apart = 1000 * np.median(cKDTree(others).query(some)[0]) if len(some) and len(others) else np.nan
         doubt = "" if apart < 30 else "  <- check its extrinsics, intrinsics and depth unit"
-        if doubt or not brief:
-            print(f"  camera {c + 1:2d} {name:10} depth {near:.2f} to {far:.2f} m in {measured.size / depth.size:4.0%} "
-                  f"of the pixels, cloud {apart:.0f} mm from the others'{doubt}")
-
-
-@contextmanager
-def asking_the_hub():
-    try:
-        yield
-    except Exception as error:      # the client has a dozen types for "no", "not now" and "not you"
-        raise ValueError(f"cannot read huggingface.co/datasets/{HUB_DATASET} ({type(error).__name__}): check the "
-                         "network, accept its terms and run `hf auth login`, or pass --source FOLDER") from None
-
-
-def download_episodes(task, out, size, episodes=None, keep_raw=False):
-    """Download and pack the first `episodes` public episodes of a task that `out` has not yet. Returns the new names.
-    With keep_raw the downloads stay in OUT/raw; without, each is deleted once it is packed."""
-    import huggingface_hub as hub
-    out, packed, new, found = Path(out), packed_already(out, task, "hub", size), [], {}
-    with asking_the_hub():
-        for entry in hub.HfApi().list_repo_tree(HUB_DATASET, TASKS[task].folder, recursive=True, repo_type="dataset"):
-            folder, _, name = entry.path.rpartition("/")
-            if folder.endswith("/processed") and name in HUB_FILES:
-                found.setdefault(folder, {})[name] = entry.size
-    whole = [folder for folder in sorted(found, key=natural) if found[folder].keys() >= set(HUB_FILES[:3])]
-    if not whole:
-        raise ValueError(f"{HUB_DATASET} lists no whole episode under {TASKS[task].folder}")
-    todo = [folder for folder in whole[:episodes] if packed_name(folder) not in packed]
-    print(f"{HUB_DATASET}, task {task}: {len(whole)} episodes, {len(packed)} packed here; {len(todo)} to download, "
-          f"{sum(sum(found[folder].values()) for folder in todo) / 1e9:.2f} GB")
-    raw = out / ("raw" if keep_raw else "raw.partial")
-    for folder in tqdm(todo, desc="download and pack", unit="episode"):
-        with asking_the_hub():
-            for name in found[folder]:
-                hub.hf_hub_download(HUB_DATASET, f"{folder}/{name}", repo_type="dataset", local_dir=raw)
-        new.append(packed_name(folder))
-        pack_recorded(raw / folder, out / new[-1], task, size, "hub")
-        if not keep_raw:
-            shutil.rmtree(raw)
-    return new
+        print(f"  camera {c + 1:2d} {name:10} cloud {apart:.0f} mm from the others'{doubt}")
 
 
 # ------------------------------------ renderer
@@ -818,20 +745,17 @@ def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01, cull
     vertices_in_cam, faces = np.asarray(vertices_in_cam, float), np.asarray(faces)
     K, pixels = len(vertices_in_cam), height * width
     # 1. The pixel box of every face in every picture. Most faces of a fine mesh end here.
-    q = np.moveaxis(vertices_in_cam @ np.asarray(intrinsics, float).mT, -1, 0)  # (3,K,N), the last one is z
+    q = np.moveaxis(vertices_in_cam @ intrinsics.mT, -1, 0)  # (3,K,N), the last one is z
     in_front = q[2] > near
-    xy = q[:2] / np.where(in_front, q[2], 1)
-    low = np.where(in_front, xy, -np.inf)[..., faces].min(-1)                   # (2,K,M); a corner behind: no bound
-    high = np.where(in_front, xy, np.inf)[..., faces].max(-1)
-    low = np.ceil(low.clip(0, 2**30))
-    high = np.floor(np.minimum(high, np.array([width - 1, height - 1])[:, None, None]))
+    xy, last = q[:2] / np.where(in_front, q[2], 1), np.array([[[width - 1]], [[height - 1]]])
+    low = np.ceil(np.where(in_front, xy, 0)[..., faces].min(-1).clip(0, 2**30))  # (2,K,M); a corner behind: no bound
+    high = np.floor(np.where(in_front, xy, np.inf)[..., faces].max(-1).clip(max=last))
     view, face = np.nonzero((low <= high).all(0) & in_front[:, faces].any(-1))
     low, high = low[:, view, face].astype(int), high[:, view, face].astype(int)  # (2,n)
 
     # 2. Four lines per face, as functions of (x, y, 1) that are >= 0 inside: its three edges, and z >= near.
-    cross = lambda a, b: np.stack([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
     q0, q1, q2 = (q[:, view, corner[face]] for corner in faces.T)  # (3,n)
-    w = np.stack([cross(q1, q2), cross(q2, q0), cross(q0, q1)])  # (3,3,n)
+    w = np.stack([np.cross(a, b, axis=0) for a, b in ((q1, q2), (q2, q0), (q0, q1))])  # (3,3,n)
     det = (w[0] * q0).sum(0)  # < 0: seen from its outside
     visible = np.flatnonzero(det < -1e-12 if cull else np.abs(det) > 1e-12)  # a face seen edge-on covers nothing
     view, face, low, high = view[visible], face[visible], low[:, visible], high[:, visible]
@@ -862,25 +786,22 @@ def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01, cull
     return depth.reshape(K, height, width), face.reshape(K, height, width)
 
 
-LAMP_PIXELS = 512           # on a side of the lamp's own picture of the world, which tells what it lights
-LAMP_TARGET = 0.05, 0, 0    # where it looks, in the world
+LAMP_PIXELS = 512         # on a side of the lamp's own picture of the world, which tells what it lights
+LAMP_TARGET = 0.05, 0, 0  # where it looks, in the world
 LAMP_FOCAL, LAMP_CENTRE = 0.75 * LAMP_PIXELS, LAMP_PIXELS / 2
 
 
 @dataclass(frozen=True)
 class Body:
-    mesh: tuple             # vertices (N,3) in the body's own frame, faces (M,3)
-    paint: object           # points (P,3) and normals (P,3) in that frame -> colours (P,3) in 0..1
+    mesh: tuple    # vertices (N,3) in the body's own frame, faces (M,3)
+    paint: object  # points (P,3) and normals (P,3) in that frame -> colours (P,3) in 0..1
     label: int = OTHER
 
 
-def draw_bodies(placed, intrinsics, cam_in_world, size, lamp, samples, behind=None):
-    """What K cameras see of bodies, before shadows fall, and how far the light gets through each pixel of the lamp.
-
-    placed: [(Body, body_in_world)]; behind: what this function made of other bodies, which may hide these. A picture is
-    a dict of flat arrays: depth, label, color, light of the sky and of the lamp (sun), lamp_pixel and lamp_z: where the
-    lamp sees the point.
-    """
+def draw_bodies(placed, intrinsics, cam_in_world, size, lamp, samples):
+    """What K cameras see of bodies [(Body, body_in_world)] before shadows fall, and how far the light gets through each
+    pixel of the lamp. A camera's: pixels (P,) with something in them, its depth, label, colour, light of the sky and of
+    the lamp, and where the lamp sees it: distance along its axis and pixel."""
     H, W = fine = size[0] * samples, size[1] * samples
     single = lambda x: np.asarray(x, np.float32)
     vertices, faces = merge(*((transform(body.mesh[0], at), body.mesh[1]) for body, at in placed))
@@ -893,56 +814,51 @@ def draw_bodies(placed, intrinsics, cam_in_world, size, lamp, samples, behind=No
     world_in_lamp = invert(look_at(lamp, LAMP_TARGET))
     lens = np.array([[LAMP_FOCAL, 0, LAMP_CENTRE], [0, LAMP_FOCAL, LAMP_CENTRE], [0, 0, 1]])
     reach = rasterize(transform(vertices, world_in_lamp)[None], faces, lens, LAMP_PIXELS, LAMP_PIXELS, cull=True)[0]
-    pictures, reach = [], np.where(reach > 0, reach, np.inf).ravel()
-    for k, (K, camera) in enumerate(zip(scale_intrinsics(intrinsics, size, fine), cam_in_world)):
-        empty = lambda: np.zeros(H * W, np.float32)
-        picture = {name: array.copy() for name, array in behind[0][k].items()} if behind else dict(
-            depth=empty() + np.float32(np.inf), label=np.zeros(H * W, np.uint8), color=np.zeros((H * W, 3), np.float32),
-            sky=empty(), sun=empty(), lamp_z=empty(), lamp_pixel=np.zeros(H * W, int))
+    views = []
+    for K, camera in zip(scale_intrinsics(intrinsics, size, fine), cam_in_world):
         in_camera = transform(vertices, invert(camera))[None]
         depth, face = (x.ravel() for x in rasterize(in_camera, faces, K, H, W, cull=True))
-        mine = np.flatnonzero((face >= 0) & (depth < picture["depth"]))  # (P,) pixels
-        depth, face = depth[mine], face[mine]
-        pixels = single(np.stack([mine % W, mine // W, np.ones(len(mine))], 1))
-        rays = pixels @ single(camera[:3, :3] @ np.linalg.inv(K)).T
+        pixel = np.flatnonzero(face >= 0)  # (P,)
+        depth, face = depth[pixel], face[pixel]
+        rays = single(np.stack([pixel % W, pixel // W, np.ones(len(pixel))], 1))
+        rays = rays @ single(camera[:3, :3] @ np.linalg.inv(K)).T
         points = single(camera[:3, 3]) + rays * depth[:, None]  # (P,3) in the world
         normal, body, to_lamp = single(normals)[face], body_of_face[face], single(lamp) - points
         cosine = np.einsum("pi,pi->p", normal, to_lamp) / np.sqrt(np.einsum("pi,pi->p", to_lamp, to_lamp))
-
         # Points are moved off their surface by 6 mm, a pixel of the lamp, or it would shade itself.
         in_lamp = transform(points + 0.006 * normal, single(world_in_lamp))
-        x, y = (in_lamp[:, :2] / in_lamp[:, 2:] * LAMP_FOCAL + LAMP_CENTRE + 0.5).T
-        in_view = (x >= 0) & (x < LAMP_PIXELS) & (y >= 0) & (y < LAMP_PIXELS)
+        xy = in_lamp[:, :2] / in_lamp[:, 2:] * LAMP_FOCAL + LAMP_CENTRE + 0.5
+        lamp_z = np.where(((xy >= 0) & (xy < LAMP_PIXELS)).all(1), in_lamp[:, 2], 0)
+        column, row = xy.clip(0, LAMP_PIXELS - 1).astype(int).T
         color = np.zeros_like(points)
-        for i in np.flatnonzero(np.bincount(body)):
-            of_body, (painted, at) = np.flatnonzero(body == i), placed[i]
-            rotation, position = single(at[:3, :3]), single(at[:3, 3])
-            color[of_body] = painted.paint((points[of_body] - position) @ rotation, normal[of_body] @ rotation)
-        seen = dict(depth=depth, label=labels[body], color=color, sky=0.42 + 0.13 * normal[:, 2],
-                    sun=0.55 * cosine.clip(0), lamp_z=np.where(in_view, in_lamp[:, 2], 0),
-                    lamp_pixel=np.where(in_view, y, 0).astype(int) * LAMP_PIXELS + np.where(in_view, x, 0).astype(int))
-        for name, values in seen.items():
-            picture[name][mine] = values
-        pictures.append(picture)
-    return pictures, np.minimum(reach, behind[1]) if behind else reach
+        for i, (painted, at) in enumerate(placed):
+            mine, rotation = body == i, single(at[:3, :3])
+            color[mine] = painted.paint((points[mine] - single(at[:3, 3])) @ rotation, normal[mine] @ rotation)
+        views.append((pixel, depth, labels[body], color, 0.42 + 0.13 * normal[:, 2], 0.55 * cosine.clip(0), lamp_z,
+                      row * LAMP_PIXELS + column))
+    return views, np.where(reach > 0, reach, np.inf).ravel()
 
 
-def render(placed, intrinsics, cam_in_world, size, lamp, samples=1, behind=None):
+def render(placed, intrinsics, cam_in_world, size, lamp, samples=1, *behind):
     """Closed painted bodies under a sky and a lamp (3,): rgb (K,H,W,3) uint8, depth (K,H,W) m (0: none), label (K,H,W).
 
-    `samples` (odd) rays a pixel and axis smooth the colours; the rest is that of the pixel's centre. See draw_bodies.
+    `samples` (odd) rays a pixel and axis smooth the colours; the rest is that of the pixel's centre. behind: what
+    draw_bodies made of other bodies.
     """
-    pictures, reach = draw_bodies(placed, intrinsics, cam_in_world, size, lamp, samples, behind)
-    H, W = size[0] * samples, size[1] * samples
-    centre, shots = np.s_[samples // 2::samples, samples // 2::samples], []
-    for seen in pictures:
-        lit = seen["lamp_z"] < reach[seen["lamp_pixel"]]
-        rgb = np.minimum(seen["color"] * (seen["sky"] + seen["sun"] * lit)[:, None], 1).reshape(H, W, 3)
-        rgb = sum(rgb[i::samples] for i in range(samples))
-        rgb = sum(rgb[:, i::samples] for i in range(samples)) / samples**2
-        depth, label = (seen[name].reshape(H, W)[centre] for name in ("depth", "label"))
-        shots.append(((rgb * 255).round().astype(np.uint8), np.where(np.isinf(depth), 0, depth), label))
-    return tuple(np.stack(images) for images in zip(*shots))
+    layers = *behind, draw_bodies(placed, intrinsics, cam_in_world, size, lamp, samples)
+    K, H, W = len(intrinsics), size[0] * samples, size[1] * samples
+    depth, label = np.full((K, H * W), np.inf, np.float32), np.zeros((K, H * W), np.uint8)
+    rgb, reach = np.zeros((K, H * W, 3), np.float32), np.min([reach for _, reach in layers], 0)
+    for views, _ in layers:
+        for k, (pixel, z, number, color, sky, sun, lamp_z, lamp_pixel) in enumerate(views):
+            shaded = np.minimum(color * (sky + sun * (lamp_z < reach[lamp_pixel]))[:, None], 1)
+            seen = z < depth[k, pixel]
+            at = k, pixel[seen]
+            depth[at], label[at], rgb[at] = z[seen], number[seen], shaded[seen]
+    depth, label = (x.reshape(K, H, W)[:, samples // 2::samples, samples // 2::samples] for x in (depth, label))
+    rgb = sum(rgb.reshape(K, H, W, 3)[:, i::samples] for i in range(samples))
+    rgb = sum(rgb[:, :, i::samples] for i in range(samples)) / samples**2
+    return (rgb * 255).round().astype(np.uint8), np.where(np.isinf(depth), 0, depth), label.copy()
 
 
 # ------------------------------------ meshes and paint
@@ -950,12 +866,12 @@ def render(placed, intrinsics, cam_in_world, size, lamp, samples=1, behind=None)
 def load_mesh(path):
     """An OBJ file in metres -> vertices (N,3), faces (M,3); polygons become fans of triangles."""
     with reading(path, "give a mesh in OBJ format"):
-        text = Path(path).read_bytes().decode("latin-1").replace("\r\n", "\n").replace("\\\n", " ")
-        words = [line.split() for line in text.removeprefix("\xef\xbb\xbf").splitlines()]
+        text = Path(path).read_text("utf-8-sig", "replace").replace("\\\n", " ")
+        words = [line.split() for line in text.splitlines()]
         vertices = np.array([w[1:4] for w in words if w[:1] == ["v"]], float)
         polygons = [[int(v.split("/")[0]) for v in w[1:]] for w in words if w[:1] == ["f"]]
         faces = np.array([(f[0], *pair) for f in polygons for pair in zip(f[1:], f[2:])])
-        faces = np.where(faces > 0, faces - 1, faces + len(vertices))           # counted from 1, or back from the end
+        faces = np.where(faces > 0, faces - 1, faces + len(vertices))  # counted from 1, or back from the end
         extent = np.ptp(vertices[faces].reshape(-1, 3), axis=0).max()
     if not 0.001 <= extent <= 2:
         raise ValueError(f"{path} is {extent:g} m long, read in metres: scale it (from millimetres, by 0.001)")
@@ -1119,21 +1035,8 @@ def stretch(start, end, side):
     return along(start, z, np.cross(z, side))
 
 
-def arm_bodies(arm, color):
-    """The links of one arm, from base to fingers, in the order of arm_poses."""
-    pale, label, gripper = (0.93, 0.93, 0.92), 1 + arm, gripper_mesh()
-    white, dark = plain(pale), plain((0.25, 0.26, 0.28))
-    finger = Body(gripper["finger"], plain((0.32, 0.33, 0.36)), label)
-    joint = Body(lathe((0.062, -0.075), (0.062, 0.075)), dark)
-    return [Body(lathe((0.11, -0.03), (0.11, 0.02), (0.08, 0.05), (0.075, 0.26)), white), joint,
-            Body(capsule(UPPER_ARM, 0.06), stripes(color, pale, 0.19)), joint, Body(capsule(FOREARM, 0.05), white),
-            Body(lathe((0.05, -0.06), (0.05, 0.06)), dark),
-            Body(lathe((0.048, -0.05), (0.048, 0.05), (0.036, 0.1)), plain(color)),
-            Body(gripper["hand"], white, label), finger, finger]
-
-
-def arm_poses(base, gripper_in_world, opening):
-    """body_in_world (10,4,4) of the links: a shoulder, an elbow that points up, and a wrist behind the hand."""
+def arm_links(arm, color, base, gripper_in_world, opening):
+    """[(Body, body_in_world)] of one arm: a shoulder, an elbow that points up, and a wrist behind the hand."""
     shoulder = base + 0.333 * UP
     wrist = gripper_in_world[:3, 3] - 0.15 * gripper_in_world[:3, 2]
     reach = np.linalg.norm(wrist - shoulder)
@@ -1144,11 +1047,21 @@ def arm_poses(base, gripper_in_world, opening):
     above = np.sqrt(max(0.0, UPPER_ARM**2 - ahead**2))
     elbow = shoulder + ahead * straight + above * np.cross(straight, side)
     across = stretch(shoulder, shoulder + side, UP)
-    return np.stack([pose(base), across, stretch(shoulder, elbow, side), pose(elbow, across[:3, :3]),
-                     stretch(elbow, wrist, side), pose(wrist, across[:3, :3]),
-                     gripper_in_world @ pose((0, 0, -0.1)), gripper_in_world,
-                     gripper_in_world @ pose((0, opening / 2, 0)),
-                     gripper_in_world @ pose((0, -opening / 2, 0), turn("z", np.pi))])
+    pale, label, gripper = (0.93, 0.93, 0.92), 1 + arm, gripper_mesh()
+    white, dark = plain(pale), plain((0.25, 0.26, 0.28))
+    finger = Body(gripper["finger"], plain((0.32, 0.33, 0.36)), label)
+    joint = Body(lathe((0.062, -0.075), (0.062, 0.075)), dark)
+    flange = Body(lathe((0.048, -0.05), (0.048, 0.05), (0.036, 0.1)), plain(color))
+    return [(Body(lathe((0.11, -0.03), (0.11, 0.02), (0.08, 0.05), (0.075, 0.26)), white), pose(base)),
+            (joint, across),
+            (Body(capsule(UPPER_ARM, 0.06), stripes(color, pale, 0.19)), stretch(shoulder, elbow, side)),
+            (joint, pose(elbow, across[:3, :3])),
+            (Body(capsule(FOREARM, 0.05), white), stretch(elbow, wrist, side)),
+            (Body(lathe((0.05, -0.06), (0.05, 0.06)), dark), pose(wrist, across[:3, :3])),
+            (flange, gripper_in_world @ pose((0, 0, -0.1))),
+            (Body(gripper["hand"], white, label), gripper_in_world),
+            (finger, gripper_in_world @ pose((0, opening / 2, 0))),
+            (finger, gripper_in_world @ pose((0, -opening / 2, 0), turn("z", np.pi)))]
 
 
 def within(points, half, order):
@@ -1158,13 +1071,13 @@ def within(points, half, order):
 
 @dataclass
 class Scene:
-    fixed: list                     # [(Body, body_in_world)], the furniture
+    fixed: list     # [(Body, body_in_world)], the furniture
     object: Body
     object_in_world: np.ndarray
     solid: tuple  # (half sizes (3,), order) of what fingers can grip of it, see within
-    supports: list                  # [(support_in_world, half sizes (2,), order, height)], where it may rest
-    done: object                    # object_in_world -> bool, the goal
-    keys: list                      # [(seconds, {arm: (gripper_in_world, opening)})]; an arm not named stays
+    supports: list  # [(support_in_world, half sizes (2,), order, height)], where it may rest
+    done: object    # object_in_world -> bool, the goal
+    keys: list      # [(seconds, {arm: (gripper_in_world, opening)})]; an arm not named stays
     bases: tuple = (np.array([-0.55, 0, 0]),)
 
 
@@ -1183,7 +1096,7 @@ def lies_in(place_in_world, half, height):
 
 def cereal_scene(draw):
     """Task 1: a box stands on a shelf; the arm takes it from there and stores it below the shelf."""
-    height, depth, width = draw.uniform(0.28, 0.31), 0.18, 0.36                 # of the shelf
+    height, depth, width = draw.uniform(0.28, 0.31), 0.18, 0.36  # of the shelf
     shelf = pose((draw.uniform(0.14, 0.2), draw.uniform(-0.12, 0.12), 0), turn("z", draw.uniform(-0.6, 0.6)))
     legs = [box((0.02, 0.02, height), (x, y, height / 2)) for x in (-0.08, 0.08) for y in (-0.17, 0.17)]
     shelf_mesh = merge(box((depth, width, 0.016), (0, 0, height - 0.008)), *legs)
@@ -1204,7 +1117,7 @@ def cereal_scene(draw):
         (0.4, shift(take, 0.05 * UP), SHUT),
         (0.8, shift(take, 0.05 * UP + back_off), SHUT),
         (0.9, shift(put, back_off + 0.03 * UP), SHUT),
-        (0.9, shift(put, 0.012 * UP), SHUT),            # under the board
+        (0.9, shift(put, 0.012 * UP), SHUT),  # under the board
         (0.3, put, SHUT),
         (0.4, put, OPEN),
         (0.6, shift(put, back_off), OPEN),
@@ -1222,7 +1135,7 @@ def spatula_scene(draw):
     inner = radius - 0.006
     crock_mesh = lathe((0.9 * radius, 0), (radius, height), (inner, height), (0.9 * inner, 0.008), segments=24)
     glaze = draw.permutation([(0.75, 0.8, 0.85), (0.2, 0.35, 0.5), (0.8, 0.5, 0.3), (0.35, 0.5, 0.35)])
-    length = draw.uniform(0.21, 0.24)      # of the handle, centred on the origin
+    length = draw.uniform(0.21, 0.24)  # of the handle, centred on the origin
     thin = lambda z, half: (length / 2 + z, -0.0025, 0.0025, -half, half)
     spatula = merge(box((0.012, 0.018, length)), loft(thin(0, 0.012), thin(0.025, 0.036), thin(0.09, 0.036)))
     color = draw.permutation([(0.8, 0.1, 0.1), (0.1, 0.5, 0.25), (0.95, 0.6, 0.1)])[0]
@@ -1239,7 +1152,7 @@ def spatula_scene(draw):
     keys = one_arm(
         home, take,
         (1.0, shift(take, draw.uniform(0.21, 0.25) * UP), SHUT),
-        (1.4, shift(put, 0.1 * UP), SHUT),              # over to the other side, and flat
+        (1.4, shift(put, 0.1 * UP), SHUT),  # over to the other side, and flat
         (0.7, put, SHUT),
         (0.4, put, OPEN),
         (0.6, shift(put, 0.14 * UP), OPEN),
@@ -1282,7 +1195,7 @@ def apple_scene(draw):
             (0.5, {0: (take, OPEN)}),
             (0.6, {0: (take, SHUT)}),
             (0.5, {0: (shift(take, 0.12 * UP), SHUT)}),
-            (0.9, {0: (give, SHUT), 1: (retreat(receive), OPEN)}),              # to where the hands meet
+            (0.9, {0: (give, SHUT), 1: (retreat(receive), OPEN)}),  # to where the hands meet
             (0.5, {1: (receive, OPEN)}),
             (0.6, {1: (receive, SHUT)}),
             (0.4, {0: (give, OPEN)}),
@@ -1311,7 +1224,7 @@ def room(draw):
     mat = draw.permutation([(0.75, 0.3, 0.3), (0.3, 0.5, 0.75), (0.35, 0.6, 0.4), (0.8, 0.75, 0.6), (0.5, 0.35, 0.6)])
     top = cloth(table, (draw.uniform(0.1, 0.3), draw.uniform(-0.5, 0.5)), draw.uniform(0.1, 0.18, 2), mat[0], mat[1])
     vertices, faces = box((6, 6, 3), (0, 0, 0.75))
-    return [(Body((vertices, faces[:, ::-1]), floor), np.eye(4)),      # inside out
+    return [(Body((vertices, faces[:, ::-1]), floor), np.eye(4)),  # inside out
             (Body(box((1.25, 1.7, 0.05), (-0.1, 0, -0.025)), top), np.eye(4))]
 
 
@@ -1319,7 +1232,7 @@ def minimum_jerk(keys, draw):
     """A scene's keys -> gripper_in_world (T,A,4,4), opening (T,A) at HZ, a little varied in pace and place. Each is
     reached at rest with the least squared jerk (Flash and Hogan 1985)."""
     pace = draw.uniform(0.9, 1.05)
-    now = [keys[0][1][arm] for arm in sorted(keys[0][1])]
+    now = [*keys[0][1].values()]
     poses, openings = [], []
     for seconds, targets in keys:
         target = [(shift(targets[arm][0], draw.normal(0, 0.0015, 3)), targets[arm][1]) if arm in targets else state
@@ -1346,17 +1259,16 @@ class World:
         self.demonstration = minimum_jerk(self.scene.keys, draw)
         self.gripper_in_world, self.opening = self.demonstration[0][0], self.demonstration[1][0]
         self.object_in_world = self.scene.object_in_world
-        self.gap = self.opening     # how wide each hand was when it began to close
-        self.holders = {}           # arm: width between its fingers; the first carries the object
+        self.gap = self.opening  # how wide each hand was when it began to close
+        self.holders = {}        # arm: width between its fingers; the first carries the object
         self.fixed = room(draw) + self.scene.fixed
-        self.key = self.still = None                    # the cameras that filmed last, what of it does not move
-        colors = draw.permutation([(0.9, 0.45, 0.1), (0.15, 0.55, 0.75), (0.45, 0.7, 0.25)])
-        self.arms = sum((arm_bodies(arm, colors[arm]) for arm in range(len(self.scene.bases))), [])
+        self.still = {}          # the cameras that filmed last: what they see that does not move
+        self.colors = draw.permutation([(0.9, 0.45, 0.1), (0.15, 0.55, 0.75), (0.45, 0.7, 0.25)])
         self.lamp = draw.uniform((-0.7, 0.5, 1.7), (0.2, 0.9, 2.1)) * (1, draw.choice([-1, 1]), 1)
 
     def step(self, gripper_in_world, opening):
         """Move the hands, and the fingers as far as the object lets them."""
-        motion = gripper_in_world @ invert(self.gripper_in_world)               # (A,4,4), in the world
+        motion = gripper_in_world @ invert(self.gripper_in_world)  # (A,4,4), in the world
         before, self.opening = self.opening, np.clip(opening, 0, OPEN)
         self.gripper_in_world = np.array(gripper_in_world)
         closing = self.opening < before
@@ -1366,7 +1278,7 @@ class World:
         for arm in range(len(self.opening)):
             if arm not in self.holders and closing[arm]:
                 self.grip(arm)
-            elif self.opening[arm] > self.holders.get(arm, OPEN) + 0.008:       # a noisy opening drops nothing
+            elif self.opening[arm] > self.holders.get(arm, OPEN) + 0.008:  # a noisy opening drops nothing
                 del self.holders[arm]
                 if not self.holders:
                     self.object_in_world = upright(self.object_in_world)
@@ -1404,20 +1316,20 @@ class World:
         """The world from K cameras: rgb, depth in metres and label, see render."""
         view = intrinsics, cam_in_world, size, self.lamp, samples
         key = intrinsics.tobytes(), cam_in_world.tobytes(), size, samples
-        if self.key != key:
-            self.key, self.still = key, draw_bodies(self.fixed, *view)
-        poses = [arm_poses(*arm) for arm in zip(self.scene.bases, self.gripper_in_world, self.opening)]
-        links = zip(self.arms, np.concatenate(poses))
-        return render([(self.scene.object, self.object_in_world), *links], *view, self.still)
+        if key not in self.still:
+            self.still = {key: draw_bodies(self.fixed, *view)}
+        placed = [(self.scene.object, self.object_in_world)]
+        for arm, base in enumerate(self.scene.bases):
+            placed += arm_links(arm, self.colors[arm], base, self.gripper_in_world[arm], self.opening[arm])
+        return render(placed, *view, self.still[key])
 
     def observe(self, intrinsics, cam_in_world, size):
         """What a robot sees now with V cameras, as the observed_ keys of a clip."""
         rgb, depth, label = self.film(intrinsics, cam_in_world, size)
-        return dict(observed_rgb=rgb, observed_depth=depth, intrinsics=np.array(intrinsics), fps=float(CLIP_HZ),
+        return dict(observed_rgb=rgb, observed_depth=depth, intrinsics=intrinsics, fps=float(CLIP_HZ),
                     observed_gripper=np.stack([label == 1 + arm for arm in range(len(self.opening))], 1),
-                    observed_object=label == OBJECT, observed_opening=np.array(self.opening),
-                    observed_gripper_in_ref=invert(cam_in_world[0]) @ self.gripper_in_world,
-                    ref_in_world=np.array(cam_in_world[0]))
+                    observed_object=label == OBJECT, observed_opening=self.opening, ref_in_world=cam_in_world[0],
+                    observed_gripper_in_ref=invert(cam_in_world[0]) @ self.gripper_in_world)
 
     def success(self):
         """Whether the object is where it belongs and nothing holds it."""
@@ -1452,7 +1364,7 @@ def sample_cameras(draw, tips, size, count=16):
     return tuple(np.stack(values) for values in zip(*cameras))
 
 
-def synthetic_episode(task, seed, out, size, samples):
+def synthetic_episode(task, out, size, seed):
     world = World(task)
     world.reset(seed)
     grippers, openings = world.demonstration
@@ -1461,14 +1373,14 @@ def synthetic_episode(task, seed, out, size, samples):
     frames = []
     for gripper_in_world, opening in zip(grippers, openings):
         world.step(gripper_in_world, opening)
-        rgb, depth, label = world.film(intrinsics, cam_in_world, size, samples)
+        rgb, depth, label = world.film(intrinsics, cam_in_world, size, samples=3)
         frames.append((rgb, (depth * 1000).round().astype(np.uint16), label, world.gripper_in_world, world.opening))
     assert world.success(), f"the demonstration of task {task}, seed {seed} fails"
-    if out.exists():                                  # a worker whose parent was killed has finished it
-        return
     *pictures, gripper_in_world, opening = zip(*frames)
-    save_episode(out, *(np.stack(x, 1) for x in pictures), intrinsics, cam_in_world, np.stack(gripper_in_world),
-                 np.stack(opening), dict(task=task, source="synthetic", seed=seed, rate_hz=HZ))
+    info = dict(task=task, source="synthetic", seed=seed, rate_hz=HZ)
+    save_episode(Path(out) / f"synthetic_{seed:05d}", *(np.stack(x, 1) for x in pictures), intrinsics, cam_in_world,
+                 np.stack(gripper_in_world), np.stack(opening), info)
+    return f"synthetic_{seed:05d}"
 
 
 def end_with_parent():
@@ -1476,67 +1388,49 @@ def end_with_parent():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None, samples=3):
-    """Render the worlds seed * 1000, ... that `out` has not yet. Returns the new folders' names."""
-    there = {info["seed"] for info in packed_already(out, task, "synthetic", size).values()}
-    jobs = [(task, s, Path(out) / f"synthetic_{s:05d}", size, samples)
-            for s in range(seed * 1000, seed * 1000 + episodes) if s not in there]
-    progress = lambda done: tqdm(done, f"rendering synthetic episodes of task {task}", len(jobs), unit="episode")
-    workers = min(workers or os.cpu_count(), len(jobs))
-    if workers == 1:
-        for job in progress(jobs):
-            synthetic_episode(*job)
-    elif workers:  # spawned: a fork of a process with running threads may hang
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)    # inherited: Ctrl-C is for this process alone
-        futures = [pool.submit(synthetic_episode, *job) for job in jobs]
-        signal.signal(signal.SIGINT, interrupt)
-        try:
-            for done in progress(as_completed(futures)):
-                done.result()
-        except BrokenProcessPool:
-            raise ValueError("a rendering process was killed, for want of memory? Try fewer --workers") from None
-        finally:
-            for process in multiprocessing.active_children():       # idle, or stopped with this one
-                process.terminate()
-            pool.shutdown(cancel_futures=True)
-    return [job[2].name for job in jobs]
+def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None):
+    """Render the worlds seed * 1000, ... that `out` has not yet: their names."""
+    packed = packed_already(out, task, "synthetic", size)
+    seeds = [s for s in range(seed * 1000, seed * 1000 + episodes) if f"synthetic_{s:05d}" not in packed]
+    workers, run = min(workers or os.cpu_count(), len(seeds)), map
+    if workers > 1:                                     # spawned: a fork of a process with running threads may hang
+        run = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent).map
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone
+    names = run(functools.partial(synthetic_episode, task, out, size), seeds)
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        return [*tqdm(names, f"rendering synthetic episodes of task {task}", len(seeds), unit="episode")]
+    except BrokenProcessPool:
+        raise ValueError("a rendering process was killed, for want of memory? Try fewer --workers") from None
+    finally:
+        for process in multiprocessing.active_children():  # idle, or stopped with this one
+            process.terminate()
 
 
 # ------------------------------------ pictures and commands
 
-def preview(folder, path, seed=0):
-    """A picture of one clip: two views, labels and depth, and both clouds in the reference camera's frame."""
+def preview(folder, seed=0):
+    """Draw folder/preview.png: what two cameras see at one instant, and both clouds in the first one's frame."""
     plt, draw = pyplot(), np.random.default_rng(seed)
     episode = load_episode(draw.choice(episode_folders(folder)))
-    frames = max(1, min(FRAMES, (episode.frames - 1) // episode.stride))
-    start = int(draw.choice(moving_starts(episode, frames) or [0]))
-    cameras = draw.choice(episode.cameras, 2, replace=False)
-    clip = read_clip(episode, start, cameras, range(frames))
-    own, valid = point_maps(clip["observed_depth"], clip["intrinsics"])
-    points = transform(own, clip["true_view_in_ref"])                           # (2, H, W, 3)
-    label_colors = np.array([[0.85, 0.85, 0.85], [0.8, 0.1, 0.1], [0.1, 0.3, 0.8], [0.1, 0.6, 0.2]])
-
-    figure = plt.figure(figsize=(18, 17), layout="constrained")
-    figure.suptitle(f"{episode.folder}, frame {start}")
-    clouds = figure.add_subplot(2, 1, 2, projection="3d", title="the clouds in the reference camera's frame, m")
-    clouds.set(xlabel="x", ylabel="z", zlabel="-y")
-    for v, (camera, color) in enumerate(zip(cameras, ("tab:blue", "tab:orange"))):
-        panels = {"observed": clip["observed_rgb"][v], f"{frames / CLIP_HZ:g} s later": clip["true_rgb"][v, -1],
-                  "grippers red, blue; object green": label_colors[episode.label[camera, start]],
-                  "depth, m": np.where(valid[v], own[v, ..., 2], np.nan)}
-        for column, (title, image) in enumerate(panels.items()):
-            axes = figure.add_subplot(4, 4, 1 + 4 * v + column, title=f"camera {camera + 1}: {title}")
-            drawn = axes.imshow(image)
-            axes.axis("off")
+    t, cameras = draw.integers(episode.frames), draw.choice(episode.cameras, 2, replace=False)
+    own, valid = point_maps(episode.depth[cameras, t] / 1000, episode.intrinsics[cameras])
+    cam_in_world = episode.cam_in_world[cameras, t]
+    figure = plt.figure(figsize=(12, 17), layout="constrained")
+    figure.suptitle(f"{episode.folder}, frame {t}. Labels: 1 right gripper, 2 left, 3 object. Below: the points of "
+                    "both cameras in the first one's frame, m")
+    clouds = figure.add_subplot(2, 1, 2, projection="3d", xlabel="x", ylabel="z")
+    for v, (c, points) in enumerate(zip(cameras, transform(own, invert(cam_in_world[0]) @ cam_in_world))):
+        for k, image in enumerate((episode.rgb[c, t], episode.label[c, t])):
+            axes = figure.add_subplot(4, 2, 1 + 2 * v + k, title=f"camera {c + 1}" + ", labels" * k)
+            drawn = axes.imshow(image, vmin=0, vmax=3)
         figure.colorbar(drawn, ax=axes)
-        x, y, z = points[v][valid[v]].T
-        clouds.scatter(x, z, -y, c=color, s=6, linewidths=0, label=f"camera {camera + 1}")
+        x, y, z = points[valid[v]].T
+        clouds.scatter(x, z, -y, s=6, linewidths=0)
     clouds.set_aspect("equal")
-    clouds.legend()
-    with writing(path) as partial:
+    with writing(path := Path(folder) / "preview.png") as partial:
         figure.savefig(partial, dpi=60, format="png")
-    plt.close(figure)
+    print(f"picture: {path}")
 
 
 def size_text(size):
@@ -1550,16 +1444,14 @@ def parse_size(text):
     return tuple(map(int, text.split("x")))
 
 
-def prepare(task, out, source="synthetic", size=(64, 80), episodes=None, seed=0, workers=None, keep_raw=False):
+def prepare(task, out, source="synthetic", size=(64, 80), episodes=None, seed=0, workers=None):
     """Make the packed episodes of a task in `out` from one of the three sources."""
     if source == "synthetic":
         new = make_synthetic(task, out, episodes or 25, size, seed, workers)
-    elif source == "hub":
-        new = download_episodes(task, out, size, episodes, keep_raw)
     else:
         new = pack_folder(source, task, out, size, episodes)
         for name in new:
-            report(Path(out) / name, brief=name != new[0])
+            report(Path(out) / name)
     print(f"{out}: {len(episode_folders(out))} episodes of task {task} ({TASKS[task].name}), source: {source}, "
           f"{len(new)} of them new")
 
@@ -1574,21 +1466,15 @@ def main():
     add("--episodes", type=int, help="at most this many [synthetic: 25, others: all]")
     add("--seed", type=int, default=0, help="of the synthetic episodes and of the preview [0]")
     add("--workers", type=int, help="processes that render [one a core]")
-    add("--keep_raw", action="store_true", help="hub: keep what is downloaded, in OUT/raw")
-    add("--preview", action="store_true", help="write OUT/preview.png; makes the data first if there is none")
     args = parser.parse_args()
     for name, least in (("episodes", 1), ("workers", 1), ("seed", 0)):
         if (given := getattr(args, name)) is not None and given < least:
             raise ValueError(f"--{name} must be at least {least}, not {given}")
-    if args.workers and args.source != "synthetic" or args.keep_raw and args.source != "hub":
-        raise ValueError("--workers is for synthetic episodes only, --keep_raw for --source hub only: leave it out")
+    if args.workers and args.source != "synthetic":
+        raise ValueError("--workers is for synthetic episodes only: leave it out")
     args.out = args.out or Path(f"data/task_{args.task}")
-    draw = vars(args).pop("preview")
-    if not draw or args.source != "synthetic" or not packed_folders(args.out):
-        prepare(**vars(args))
-    if draw or args.source not in ("synthetic", "hub"):
-        preview(args.out, args.out / "preview.png", args.seed)
-        print(f"picture: {args.out / 'preview.png'}")
+    prepare(**vars(args))
+    preview(args.out, args.seed)
 
 
 if __name__ == "__main__":

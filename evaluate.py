@@ -13,22 +13,19 @@ Letters   V views (0 is the reference, n in the paper; the others are m), T pred
 Units     metres, degrees, dB and pixels in every function; the tables print millimetres
 
 References: SSIM, Wang et al. 2004; AbsRel and delta, arXiv 1406.2283; FVD, arXiv 1812.01717; MMD with a polynomial
-kernel, arXiv 1801.01401; Wilson's interval, Brown et al., Statistical Science 2001.
+kernel, arXiv 1801.01401.
 """
 import argparse
 import copy
-import hashlib
-import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import binary_dilation, gaussian_filter
+from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
@@ -42,10 +39,9 @@ NEAR = 0.03                 # m within which a point is on the hand
 TRACKED = 0.02, 10          # m and degrees within which a hand counts as tracked
 FEWEST_SEEN = 10            # gripper pixels that make a frame one that shows the hand
 HORIZONS = {"0.5-1 s": slice(0, 2), "1.5-2.5 s": slice(2, 5), "3-5 s": slice(5, 10)}  # predicted frames at 2 Hz
-I3D = "flateon/FVD-I3D-torchscript", "i3d_torchscript.pt"         # on the hub
 
 
-# ------------------------------------------------------------------------------------------------ images and depths
+# ------------------------------------ images and depths
 
 def mean(values, axis=None):
     """Mean of what is known; NaN, without a warning, where nothing is."""
@@ -55,66 +51,64 @@ def mean(values, axis=None):
         return np.where(known, values, 0).sum(axis) / known.sum(axis)
 
 
-def psnr(pred, true, valid=None):
-    """10 log10(1 / MSE) in dB of images (..., H, W, 3) in [0, 1], mean over images; over valid (..., H, W)
-    if given. Identical images have 100 dB, so that means stay finite."""
-    error = ((np.asarray(pred, np.float64) - true) ** 2).reshape(-1, *pred.shape[-3:])  # (N, H, W, 3)
-    valid = np.ones(error.shape[:3], bool) if valid is None else np.reshape(valid, error.shape[:3])
-    return float(mean([-10 * np.log10(max(e[v].mean(), 1e-10)) for e, v in zip(error, valid) if v.any()]))
+def psnr(pred, true, valid=...):
+    """10 log10(1 / MSE) in dB of pictures (H, W, 3) in [0, 1], over valid (H, W) if given. Identical ones have 100 dB,
+    so that means stay finite."""
+    error = (pred[valid] - true[valid]) ** 2
+    return -10 * np.log10(max(error.mean(), 1e-10)) if error.size else np.nan
 
 
 def ssim(pred, true):
-    """Structural similarity (Wang et al. 2004, eq. 13) of images (..., H, W, 3) in [0, 1]; 1 is identical. Gaussian
-    window, sigma 1.5, 11 x 11; mean over the pixels whose whole window is in the image."""
-    x, y = (np.asarray(image, np.float64).reshape(-1, *pred.shape[-3:]) for image in (pred, true))
+    """Structural similarity (Wang et al. 2004, eq. 13) of pictures (H, W, 3) in [0, 1]; 1 is identical. Gaussian
+    window, sigma 1.5, 11 x 11; mean over the pixels whose whole window is in the picture."""
     c_1, c_2 = 0.01 ** 2, 0.03 ** 2
-    blur = lambda image: gaussian_filter(image, (0, 1.5, 1.5, 0), truncate=3.5)[:, 5:-5, 5:-5]
-    mu_x, mu_y = blur(x), blur(y)  # (N, H-10, W-10, 3)
-    var_x, var_y, cov = blur(x * x) - mu_x ** 2, blur(y * y) - mu_y ** 2, blur(x * y) - mu_x * mu_y
+    blur = lambda x: gaussian_filter(x, (1.5, 1.5, 0), truncate=3.5)[5:-5, 5:-5]
+    mu_x, mu_y = blur(pred), blur(true)
+    var_x, var_y, cov = blur(pred ** 2) - mu_x ** 2, blur(true ** 2) - mu_y ** 2, blur(pred * true) - mu_x * mu_y
     alike = (2 * mu_x * mu_y + c_1) * (2 * cov + c_2) / ((mu_x ** 2 + mu_y ** 2 + c_1) * (var_x + var_y + c_2))
-    return float(alike.mean())
+    return alike.mean()
 
 
 def depth_pairs(pred_z, true_z, valid):
-    """The scored depths as two vectors: where the truth is a positive number and `valid` (if given) holds."""
+    """The scored depths as two vectors: where the truth is positive and `valid` holds."""
     p, g = np.asarray(pred_z, np.float64), np.asarray(true_z, np.float64)
-    chosen = np.isfinite(g) & (g > 0) & (True if valid is None else np.asarray(valid, bool))
+    chosen = (g > 0) & valid
     return p[chosen], g[chosen]
 
 
-def abs_rel(pred_z, true_z, valid=None):
+def abs_rel(pred_z, true_z, valid=True):
     """mean |pred - true| / true over valid pixels, any shape; 0 is ideal. A wrong sign counts like any error."""
     p, g = depth_pairs(pred_z, true_z, valid)
-    return float(mean(np.abs(p - g) / g))
+    return mean(np.abs(p - g) / g)
 
 
-def delta1(pred_z, true_z, valid=None):
+def delta1(pred_z, true_z, valid=True):
     """Share of valid pixels with max(pred / true, true / pred) < 1.25; 1 is ideal."""
     p, g = depth_pairs(pred_z, true_z, valid)
-    return float(mean((p < 1.25 * g) & (g < 1.25 * p)))      # as products: of a p < 0 both quotients are below 1.25
+    return mean((p < 1.25 * g) & (g < 1.25 * p))  # as products: of a p < 0 both quotients are below 1.25
 
 
-def chamfer(a, b, most=4000):
+def chamfer(a, b):
     """Mean distance (m) of clouds (N, 3), (M, 3) to the other's nearest point, average of both ways; large clouds are
     thinned evenly. NaN if one is empty."""
     if not len(a) or not len(b):
-        return float("nan")
-    a, b = (cloud[np.linspace(0, len(cloud) - 1, min(len(cloud), most)).astype(int)] for cloud in (a, b))
-    return float((cKDTree(b).query(a)[0].mean() + cKDTree(a).query(b)[0].mean()) / 2)
+        return np.nan
+    a, b = (cloud[np.linspace(0, len(cloud) - 1, min(len(cloud), 4000)).astype(int)] for cloud in (a, b))
+    return (cKDTree(b).query(a)[0].mean() + cKDTree(a).query(b)[0].mean()) / 2
 
 
-def still_error(pred, true, still, most=1000):
+def still_error(pred, true, still):
     """Median distance (m) of still pixels' points (H, W, 3) from the truth, once the view's rigid drift is taken back:
     a view that lies wrong as a whole is the camera's error, this is what trembles on top of it."""
-    chosen = np.flatnonzero(still)[::max(1, still.sum() // most)]
+    chosen = np.flatnonzero(still)[::max(1, still.sum() // 1000)]
     if len(chosen) < 3:
-        return float("nan")
+        return np.nan
     true, pred = (x.reshape(-1, 3)[chosen] for x in (true, pred))  # (N, 3)
     drift = sample.recover_view_in_ref(true, np.ones(len(true), bool), pred[None])
-    return float(np.median(np.linalg.norm(pred - transform(true, drift), axis=-1)))
+    return np.median(np.linalg.norm(pred - transform(true, drift), axis=-1))
 
 
-# ------------------------------------------------------------------------------------------------ videos and views
+# ------------------------------------ videos and views
 
 def frechet_distance(a, b):
     """Squared Frechet distance of the Gaussians fitted to features a (N, D), b (M, D) (arXiv 1706.08500):
@@ -123,33 +117,24 @@ def frechet_distance(a, b):
     The root's trace is the sum of the singular values of X_a X_b^T, whose squares are S_a S_b's eigenvalues: singular
     covariances (few clips, 400 features) lose no digits.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"frechet_distance needs two samples in each set, got {len(a)} and {len(b)}")
     x_a, x_b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
     trace_of_root = np.linalg.svd(x_a @ x_b.T, compute_uv=False).sum()
     distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + (x_a ** 2).sum() + (x_b ** 2).sum() - 2 * trace_of_root
-    return float(max(0.0, distance))                         # rounding can leave -1e-13
+    return max(0.0, distance)  # rounding can leave -1e-13
 
 
 def polynomial_mmd(a, b):
     """Unbiased squared MMD of paired features a, b (N, D), kernel (x.y / D + 1)^3 (arXiv 1801.01401). It does not fall
     as clips are added, as Frechet's does. Pairs (i, i) are left out: a clip and its truth are not independent."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # (N, N)
     h = kernel(a, a) + kernel(b, b) - kernel(a, b) - kernel(b, a)
-    return float((h.sum() - np.trace(h)) / (len(a) * (len(a) - 1)))
+    return (h.sum() - np.trace(h)) / (len(a) * (len(a) - 1))
 
 
-def load_i3d(file=None):
-    """The Kinetics-400 I3D that defines FVD, as TorchScript: a file, or the hub's if it was downloaded, or None."""
-    if file is None:
-        from huggingface_hub import try_to_load_from_cache
-        file = try_to_load_from_cache(*I3D)
-        if not isinstance(file, str):
-            return None
+def load_i3d(file):
+    """The Kinetics-400 I3D that defines FVD, as TorchScript, if a file is given."""
     try:
-        return torch.jit.load(file, map_location="cpu").eval()
+        return torch.jit.load(file, map_location="cpu").eval() if file else None
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"--i3d {file} is not a TorchScript file ({str(error).splitlines()[0]})") from None
 
@@ -157,7 +142,7 @@ def load_i3d(file=None):
 @torch.no_grad()
 def i3d_features(i3d, videos):
     """(N, 400) I3D logits of videos (N, T, H, W, 3) uint8, resized to 224 x 224, in [-1, 1]; T >= 10."""
-    x = torch.as_tensor(np.asarray(videos)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (N, T, 3, H, W)
+    x = torch.from_numpy(videos).permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (N, T, 3, H, W)
     x = [F.interpolate(video, (224, 224), mode="bilinear", antialias=True).transpose(0, 1)[None] for video in x]
     return torch.cat([i3d(video, rescale=False, resize=False, return_features=True) for video in x]).double().numpy()
 
@@ -186,66 +171,55 @@ def cross_view_miou(points, gripper_n, gripper_m, intrinsics_n, intrinsics_m, re
     return np.array(ious)
 
 
-# ------------------------------------------------------------------------------------------------ scoring one clip
+# ------------------------------------ scoring one clip
 
 def score(clip, trajectory=None):
     """All that can be said of one prediction: {figure: (T,) values over the horizon, or one number}.
 
     clip: checked, with its truth; with `gripper` (V,T,H,W), the hand's mask in the generated views, mIoU too.
-    trajectory: track.track's. A figure whose keys are missing is left out, not guessed. `-n` is view 0, `-m` the mean
-    of the others; a frame without such pixels has NaN.
+    trajectory: track.track's. `-n` is view 0, `-m` the mean of the others; a frame without such pixels has NaN.
     """
     views, frames = clip["rgb"].shape[:2]
-    values = {}
+    values = {} if trajectory is None else score_hands(trajectory, clip)
 
     def add(name, figure, *arrays):
         table = np.array([[figure(*(x[v, t] for x in arrays)) for t in range(frames)] for v in range(views)])
-        values[name + "-n"] = table[0]
-        if views > 1:
-            values[name + "-m"] = mean(table[1:], 0)
+        values[name + "-n"], values[name + "-m"] = table[0], mean(table[1:], 0)
 
     rgb, true_rgb = clip["rgb"] / 255, clip["true_rgb"] / 255
-    add("psnr", psnr, rgb, true_rgb)
-    add("ssim", ssim, rgb, true_rgb)
-    if trajectory is not None and "true_gripper_in_ref" in clip:
-        values.update(score_hands(trajectory, clip))
-    if not {"true_points", "true_view_in_ref"} <= clip.keys():
-        return values
     true, valid = clip["true_points"], clip["true_valid"]
     own, own_valid = data.point_maps(clip["observed_depth"], clip["intrinsics"])
     moved = np.linalg.norm(true - transform(own, clip["true_view_in_ref"])[:, None], axis=-1) > data.MOVED
     still, moving = (valid & own_valid[:, None] & chosen for chosen in (~moved, moved))  # (V, T, H, W)
     change = np.abs(clip["true_rgb"].astype(int) - clip["observed_rgb"][:, None]).max(-1)
+    add("psnr", psnr, rgb, true_rgb)
+    add("ssim", ssim, rgb, true_rgb)
     add("psnr_same", psnr, rgb, true_rgb, still & (change <= SAME_COLOUR))
     if "points" not in clip:
         return values
     points = clip["points"]
-    off = np.linalg.norm(points - true, axis=-1)  # (V, T, H, W)
-    for suffix, where in ("", valid), ("_moving", moving):
-        add("points" + suffix, lambda x, chosen: mean(x[chosen]), off, where)
+    off, average = np.linalg.norm(points - true, axis=-1), lambda x, chosen: mean(x[chosen])
+    add("points", average, off, valid)
+    add("points_moving", average, off, moving)
     add("abs_rel", abs_rel, points[..., 2], true[..., 2], valid)
     add("delta1", delta1, points[..., 2], true[..., 2], valid)
     add("still", still_error, points, true, still)
     if "true_gripper" in clip:
-        add("hand", lambda x, chosen: mean(x[chosen] < NEAR), off, valid & clip["true_gripper"].any(2))
-        for view in "nm"[:views]:
+        add("hand", average, off < NEAR, valid & clip["true_gripper"].any(2))
+        for view in "nm":
             values |= {f"hand-{view} {horizon}": values[f"hand-{view}"][part] for horizon, part in HORIZONS.items()}
     values["chamfer"] = np.array([chamfer(points[:, t][clip["valid"][:, t]], true[:, t][valid[:, t]])
                                   for t in range(frames)])
-    if "view_in_ref" in clip:
-        apart = pose_errors(clip["view_in_ref"][1:], clip["true_view_in_ref"][1:])
-        values["camera_m"], values["camera_deg"] = map(mean, apart)
-    if "gripper" in clip and views > 1:
-        values["miou"] = mean([score_masks(clip, v) for v in range(1, views)], 0)
+    apart = pose_errors(clip["view_in_ref"][1:], clip["true_view_in_ref"][1:])
+    values["camera_m"], values["camera_deg"] = map(mean, apart)
+    if "gripper" in clip:
+        mask, K, ref_in_view = clip["gripper"], clip["intrinsics"], invert(clip["true_view_in_ref"])
+        ious = np.array([cross_view_miou(points[0], mask[0], mask[v], K[0], K[v], ref_in_view[v])
+                         for v in range(1, views)])
+        if "true_gripper" in clip:  # truly in sight and found in neither view: 0
+            ious[np.isnan(ious) & clip["true_gripper"][1:].any((2, 3, 4))] = 0
+        values["miou"] = mean(ious, 0)
     return values
-
-
-def score_masks(clip, v):
-    """The mIoU (T,) of view v; 0 where the hand is truly in sight and was found in neither view."""
-    n, m = clip["gripper"][0], clip["gripper"][v]
-    iou = cross_view_miou(clip["points"][0], n, m, *clip["intrinsics"][[0, v]], invert(clip["true_view_in_ref"][v]))
-    in_sight = clip["true_gripper"][v].any((1, 2, 3)) if "true_gripper" in clip else m.any((1, 2))
-    return np.where(np.isnan(iou) & in_sight, 0, iou)
 
 
 def score_hands(trajectory, clip):
@@ -263,12 +237,12 @@ def score_hands(trajectory, clip):
     return {name: mean(np.where(seen, x, np.nan), 1) for name, x in figures.items()}
 
 
-# ------------------------------------------------------------------------------------------------ rows
+# ------------------------------------ rows
 
 def tracked(clip):
     """(the clip with `gripper` (V,T,H,W), the hand's mask in each generated view; its trajectory, or None). Masks that
     the clip brings along, from SAM 2 for instance, are kept."""
-    if "points" not in clip or not {"observed_gripper_in_ref", "observed_gripper"} & clip.keys():
+    if "points" not in clip:
         return clip, None
     trajectory = track.track(clip)
     return {"gripper": hand_masks(clip, trajectory)} | clip, trajectory
@@ -278,11 +252,11 @@ def hand_masks(clip, trajectory):
     """Where each view shows the hand, (V,T,H,W) bool: the hand drawn where it was tracked, where the view's own points
     lie there to 3 cm. So views that disagree about where the hand is are caught."""
     masks, hand, ref_in_view = np.zeros(clip["valid"].shape, bool), track.hand_model(), invert(clip["view_in_ref"])
-    z_seen = transform(clip["points"], ref_in_view)[..., 2]                             # (V, T, H, W)
+    z_seen = transform(clip["points"], ref_in_view)[..., 2]  # (V, T, H, W)
     for t, a in zip(*np.nonzero(~trajectory["lost"][1:])):
         vertices = hand.vertices + np.outer(trajectory["opening"][t + 1, a] * hand.vertex_slide, (0, 1, 0))
         in_view = [transform(vertices, one @ trajectory["gripper_in_ref"][t + 1, a]) for one in ref_in_view]
-        z, _ = data.rasterize(in_view, hand.faces, clip["intrinsics"], *masks.shape[2:])     # (V, H, W)
+        z, _ = data.rasterize(in_view, hand.faces, clip["intrinsics"], *masks.shape[2:])  # (V, H, W)
         masks[:, t] |= (z > 0) & (np.abs(z - z_seen[:, t]) < NEAR)
     return masks
 
@@ -290,12 +264,12 @@ def hand_masks(clip, trajectory):
 def last_frame_row(clip, told_poses=True):
     """The observed frame repeated and the hand held still, with the true camera poses, which a model is not told, or
     with each view's own points taken as they are."""
-    frames = clip["rgb"].shape[1]
     view_in_ref = clip["true_view_in_ref"] if told_poses else np.tile(np.eye(4), (len(clip["rgb"]), 1, 1))
     own, valid = data.point_maps(clip["observed_depth"], clip["intrinsics"])
     seen = dict(rgb=clip["observed_rgb"], points=transform(own, view_in_ref), valid=valid)
+    frames = clip["rgb"].shape[1]
     row = clip | {key: np.stack([x] * frames, 1) for key, x in seen.items()} | dict(view_in_ref=view_in_ref)
-    if not told_poses or not {"observed_gripper_in_ref", "observed_opening"} <= clip.keys():
+    if not told_poses:
         return row, None
     hand = dict(gripper_in_ref=clip["observed_gripper_in_ref"], opening=clip["observed_opening"],
                 lost=np.zeros(len(clip["observed_opening"]), bool))
@@ -306,7 +280,7 @@ def last_frame_row(clip, told_poses=True):
 def code_row(clip, run):
     """The truth through the code and back, with the true cameras: no generator of these latents can do better."""
     tensors = data.to_tensors(clip)
-    true = (tensors[key][None, :, 1:].to(run.device) for key in ("rgb", "points"))      # (1, V, T, 3, H, W)
+    true = (tensors[key][None, :, 1:].to(run.device) for key in ("rgb", "points"))  # (1, V, T, 3, H, W)
     with torch.no_grad():
         rgb, points = (x[0].movedim(2, -1).cpu().numpy() for x in sample.decode(run, sample.encode_targets(run, *true)))
     return tracked(truth_row(clip) | dict(rgb=((rgb + 1) * 127.5).round().astype(np.uint8), points=points))
@@ -321,7 +295,7 @@ def baselines(run=None):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------ tables
 
 # figure, in the table's order: heading, factor to the table's unit, digits
 METRICS = {
@@ -341,56 +315,42 @@ PUBLISHED = {
                                 "abs_rel-n": ".10-.15", "abs_rel-m": ".31 (task 1)", "delta1-n": ".75-.89"}}
 
 
-def score_row(clips, i3d, true_features):
-    """One seed of one method: (name, clip, trajectory)s -> {name: figures}, {figure of the whole set: number}.
-    true_features: {name: I3D features (V, D) of the true videos}, filled here, for the next row."""
-    scores, pairs, of_set = {}, [], {}
+def score_row(clips, i3d=None):
+    """One seed of one method: (name, clip, trajectory)s -> {name: {figure: mean over frames}} and {figure: mean over
+    clips, or a number of all of them}. What is not known is left out."""
+    known = lambda values: {figure: float(x) for figure, x in values.items() if not np.isnan(x)}
+    scores, features = {}, []
     for name, clip, trajectory in clips:
-        scores[name] = score(clip, trajectory)
+        scores[name] = known({figure: mean(x) for figure, x in score(clip, trajectory).items()})
         if i3d is not None and clip["rgb"].shape[1] >= 10:
-            if name not in true_features:
-                true_features[name] = i3d_features(i3d, clip["true_rgb"])
-            pairs.append((i3d_features(i3d, clip["rgb"]), true_features[name]))
+            features.append([i3d_features(i3d, clip[key]) for key in ("rgb", "true_rgb")])
+    figures = dict.fromkeys(figure for values in scores.values() for figure in values)
+    row = {figure: mean([values.get(figure, np.nan) for values in scores.values()]) for figure in figures}
     for view, chosen in ("n", slice(0, 1)), ("m", slice(1, None)):
-        pred, true = (np.concatenate([part[chosen] for part in side]) for side in zip(*pairs)) if pairs else ((), ())
-        if len(pred) > 1:
-            of_set |= {f"fvd-{view}": frechet_distance(pred, true), f"mmd-{view}": polynomial_mmd(pred, true)}
-    return scores, of_set
-
-
-def summarise(seeds):
-    """A table's row out of score_row's results, one per seed: {figure: mean, spread, per_seed}. A clip's value is the
-    mean over its frames, a seed's over its clips; spread: sample standard deviation over seeds, None of one."""
-    row, everything = {}, [values for scores, of_set in seeds for values in [*scores.values(), of_set]]
-    for name in dict.fromkeys(name for values in everything for name in values):
-        per_seed = [float(of_set.get(name, mean([mean(values[name]) for values in scores.values() if name in values])))
-                    for scores, of_set in seeds]
-        row[name] = dict(mean=float(mean(per_seed)), per_seed=per_seed,
-                         spread=float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None)
-    return row
+        if len(features) > 1:
+            pred, true = (np.concatenate([x[chosen] for x in side]) for side in zip(*features))
+            row |= {f"fvd-{view}": frechet_distance(pred, true), f"mmd-{view}": polynomial_mmd(pred, true)}
+    return scores, known(row)
 
 
 def cell(row, name):
-    """'0.061 ± 0.004' in the table's unit; nothing for what is not known."""
-    known, (_, factor, digits) = row.get(name), METRICS[name.split("-")[0]]
-    if known is None or np.isnan(known["mean"]):
-        return ""
-    return " ± ".join(f"{x * factor:.{digits}f}" for x in (known["mean"], known["spread"]) if x is not None)
+    """'0.061 ± 0.004' in the table's unit: mean and sample standard deviation over seeds."""
+    (_, factor, digits), values = METRICS[name.split("-")[0]], row.get(name, [])
+    shown = ([np.mean(values)] if values else []) + ([np.std(values, ddof=1)] if values[1:] else [])
+    return " ± ".join(f"{x * factor:.{digits}f}" for x in shown)
 
 
 def markdown(rows, notes=()):
-    """{label: row} as a markdown table with a line for each figure that a row has, the published values beside it."""
+    """{label: {figure: values over seeds}} as a markdown table, a line a figure, the published values beside it."""
+    table, order = [["", *rows, *PUBLISHED]], list(METRICS)
     names = dict.fromkeys(name for row in rows.values() for name in row)
-    labels = [*rows, *PUBLISHED]
-    padded = lambda cells: " | ".join(f"{x:>{max(13, len(label))}}" for x, label in zip(cells, labels))
-    lines = [f"| {'':33} | {padded(labels)} |", "|---" * (len(labels) + 1) + "|"]
-    for figure, (heading, _, _) in METRICS.items():
-        for name in (name for name in names if name.split("-")[0] == figure):
-            where = name.partition("-")[2]           # of which view, and when
-            title = heading + f" ({where})" * bool(where)
-            cells = [cell(row, name) for row in rows.values()] + [said.get(name, "") for said in PUBLISHED.values()]
-            lines.append(f"| {title:33} | {padded(cells)} |")
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
+    for name in sorted(names, key=lambda name: order.index(name.split("-")[0])):
+        figure, _, where = name.partition("-")  # of which view, and when
+        table.append([METRICS[figure][0] + f" ({where})" * bool(where), *(cell(row, name) for row in rows.values()),
+                      *(said.get(name, "") for said in PUBLISHED.values())])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = [f"| {' | '.join(x.rjust(width) for x, width in zip(line, widths))} |" for line in table]
+    return "\n".join([lines[0], "|---" * len(widths) + "|", *lines[1:], "", *(f"- {note}" for note in notes), ""])
 
 
 def load_clip(folder):
@@ -398,7 +358,7 @@ def load_clip(folder):
     path = Path(folder) / "prediction.npz"
     clip = read_npz(path)
     try:
-        clip = data.check_clip(clip, ("observed", "rgb", "true_rgb"))
+        clip = data.check_clip(clip, ("observed", "rgb", "truth"))
         if "gripper" in clip and clip["gripper"].shape != clip["rgb"].shape[:4]:
             raise ValueError(f"'gripper' has shape {clip['gripper'].shape}, expected {clip['rgb'].shape[:4]}")
     except ValueError as error:
@@ -411,73 +371,45 @@ def compare(methods, out, i3d=None, run=None):
     def clips_of(label, folders, make):
         for name, folder in tqdm(folders.items(), desc=f"scoring {label}", unit="clip"):
             clip = load_clip(folder)
-            if make is tracked:
-                yield name, *make(clip)
-            elif {"true_points", "true_view_in_ref"} <= clip.keys():
-                yield name, *make({key: clip[key] for key in clip if key != "gripper"})
+            if make is not tracked:
+                clip.pop("gripper", None)  # the method's
+            yield name, *make(clip)
 
-    out, network, true_features, scored = Path(out), load_i3d(i3d), {}, {}
-    label, (first, *_) = next(iter(methods.items()))
-    jobs = [(method, folders, tracked) for method, seeds in methods.items() for folders in seeds]
-    for job in jobs + [(name, first, make) for name, make in baselines(run).items()]:
-        row = score_row(clips_of(*job), network, true_features)
-        if row[0]:
-            scored.setdefault(job[0], []).append(row)
-    table = {method: summarise(seeds) for method, seeds in scored.items()}
-    text = markdown(table, [
-        f"{len(first)} clips, seeds: {max(map(len, scored.values()))} (±: standard deviation over them); n: the "
-        f"reference view, m: others; moving: by over {1000 * data.MOVED:.0f} mm; unchanged: surface and colour.",
+    network, (first, *_) = load_i3d(i3d), next(iter(methods.values()))
+    jobs = [(label, folders, tracked) for label, seeds in methods.items() for folders in seeds]
+    jobs += [(label, first, make) for label, make in baselines(run).items()]
+    rows, per_clip = {}, {}
+    for label, folders, make in jobs:
+        scores, row = score_row(clips_of(label, folders, make), network)
+        per_clip.setdefault(label, []).append(scores)
+        for figure, value in row.items():
+            rows.setdefault(label, {}).setdefault(figure, []).append(value)
+    write_results(out, "results", dict(rows=rows, per_clip=per_clip), markdown(rows, [
+        f"{len(first)} clips; ±: standard deviation over seeds; n: the reference view, m: others; moving: by over "
+        f"{1000 * data.MOVED:.0f} mm; unchanged: surface and colour.",
         f"Tracked: of the frames that show the hand, within {100 * TRACKED[0]:.0f} cm and {TRACKED[1]} degrees. Still "
         "pixels: median, after each view's rigid drift. The repeated frame is told the true cameras.",
         f"FVD of {len(first)} clips is far above its value for many: compare rows only." if network else
-        f"FVD, MMD: `hf download {' '.join(I3D)}` gets the I3D weights (25 MB); or --i3d FILE."])
-    per_clip = {method: [scores for scores, _ in seeds] for method, seeds in scored.items()}
-    write_results(out, text, dict(rows=table, per_clip=per_clip))
-    off = {name: mean(values.get("points-m", -values["psnr-n"])) for name, values in per_clip[label][0].items()}
-    worst = max(off, key=off.get)
-    sample.contact_sheet(out / "worst.png", load_clip(first[worst]), f"the worst of {len(off)}: {worst}")
-    print(f"the worst clip: {out}/worst.png")
-    return table
+        "FVD, MMD: --i3d FILE; `hf download flateon/FVD-I3D-torchscript i3d_torchscript.pt` gets the file (25 MB)."]))
 
 
-def write_results(out, text, values, name="results"):
-    """NAME.md and NAME.json, whose NaNs become null; and prints the first."""
-    values = json.dumps(values, default=lambda x: x.tolist())
-    write_json(out / f"{name}.json", json.loads(values, parse_constant=lambda _: None))
+def write_results(out, name, values, text):
+    """NAME.json and NAME.md, which is printed too."""
+    write_json(out / f"{name}.json", values)
     with data.writing(out / f"{name}.md") as partial:
         partial.write_text(text)
     print(f"{text}\nwritten: {out}/{name}.json, {name}.md")
 
 
-def weights_hash(run):
-    """Of every number that a loaded run computes with, wherever it was read from."""
-    digest = hashlib.sha256()
-    for part in filter(None, (run.model, *run.vaes.values(), run.clip)):
-        for name, x in part.state_dict().items():
-            digest.update(name.encode() + x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def sample_clips(run, folder, count, out, seed=0, views=2, frames=10, steps=None):
-    """Samples held-out clips 0..count-1 of packed episodes, numbered as by sample.py --clip: {name: folder below out}.
-    Those that are there stay if out/made_with.json names the same weights, data and settings; if not, they go."""
+    """Samples held-out clips 0..count-1, numbered as by sample.py --clip: {name: folder below out}."""
     clips = data.Clips(folder, "test", (run.model.preset.height, run.model.preset.width), views, frames)
-    settings = dict(seed=seed, frames=frames, views=views, steps=steps, model=run.info, weights=weights_hash(run),
-                    data={episode.folder.name: episode.info for episode in clips.episodes})
     if not clips.held_out:
         print(f"{folder} has episodes of one split only: the clips are not held out")
-    made_with, there = out / "made_with.json", list(out.glob("*/prediction.npz"))
-    if there and not made_with.exists():
-        raise ValueError(f"{out} holds predictions that evaluate.py did not make: move them away")
-    if there and data.read_json(made_with) != json.loads(json.dumps(settings)):
-        for stale in there:
-            stale.unlink()
-    write_json(made_with, settings)
     made = {f"clip_{i:03d}": out / f"clip_{i:03d}" for i in range(count)}
     for i, path in enumerate(tqdm(made.values(), desc=f"sampling {out}", unit="clip")):
-        if not (path / "prediction.npz").exists():
-            prediction = sample.predict(run, clips.clip(i), frames=frames, steps=steps, seed=1000 * seed + i)
-            write_npz(path / "prediction.npz", prediction)
+        prediction = sample.predict(run, clips.clip(i), frames=frames, steps=steps, seed=1000 * seed + i)
+        write_npz(path / "prediction.npz", prediction)
     return made
 
 
@@ -502,7 +434,7 @@ def train_ablation(task, folder, run, seeds, flags=()):
     return runs
 
 
-# ------------------------------------------------------------------------------------------------ closed loop
+# ------------------------------------ closed loop
 
 ROLLOUT_SEED = 1_000_000    # worlds of rollouts count from here; training episodes are numbered from 0
 ASTRAY = 0.05               # m from the script's path at which a hand counts as having left it
@@ -526,7 +458,7 @@ def place_cameras(world, draw, size, views=2):
         if t % STRIDE == 0:
             label = world.film(*small)[2]
             seen.append([(label == arm).sum((1, 2)) for arm in range(1, 1 + len(world.opening))])
-    seen = np.array(seen)                                                               # (frames, arms, cameras)
+    seen = np.array(seen)  # (frames, arms, cameras)
     for _ in range(views):
         shown = {c: seen[..., [*chosen, c]].max(-1) for c in range(CANDIDATES) if c not in chosen}
         chosen.append(max(shown, key=lambda c: (shown[c].min(), shown[c].sum())))
@@ -551,7 +483,7 @@ def scripted_future(world, step, cameras, size, frames=10):
                        true_gripper_in_ref=world_in_ref @ gripper_in_world, true_opening=opening)
 
 
-def execute(world, path, frames, watch=lambda: None):
+def execute(world, path, frames):
     """Moves the hands along the first `frames` steps of a tracked path, in straight lines, at the world's rate.
 
     Only the motion since the observed frame is used, in each hand's own frame: no camera pose. Fingers that open by
@@ -566,30 +498,23 @@ def execute(world, path, frames, watch=lambda: None):
         hand, fingers = np.where(release, 2 * even - 1, even).clip(0), np.where(release, 2 * even, even).clip(max=1)
         for share, wide in zip(hand, width + fingers * (opening - width)):  # (A,), (A,)
             world.step(np.stack([data.between(*arm) for arm in zip(start, target, share)]), wide)
-        watch()
 
 
-def rollout(task, seed, size, imagine, generated, views=2, acted=10, film=None):
+def rollout(task, seed, size, imagine, generated, views=2, acted=10):
     """One try: observe, imagine, track, act on the first `acted` frames, again. 'success', or what failed first:
 
     tracking    the track left the script's path by more than 5 cm while lost, or in a true video;
     generation  it did so in a generated video, and nothing was lost;
     execution   the hand followed the script, and still the object is not where it belongs.
-    imagine(world, step, cameras, size) -> a clip with a prediction, or None to hold still. film: gets pictures.
+    imagine(world, step, cameras, size) -> a clip with a prediction.
     """
     world, failure = data.World(task), None
     world.reset(seed)
     script = world.demonstration[0]
     cameras = place_cameras(world, np.random.default_rng([task, seed, 2]), size, views)
-    large = tuple(max(1, round(240 / size[0])) * pixels for pixels in size)
-    view = data.scale_intrinsics(cameras[0][:1], size, large), cameras[1][:1], large
-    watch = lambda: None if film is None else film.append(world.film(*view)[0][0])
     for frame in range(0, LIMIT, acted):
-        clip = imagine(world, frame * STRIDE, cameras, size)
-        if clip is None:
-            return "success" if world.success() else "held still"
-        path = track.track(clip)
-        execute(world, path, acted, watch)
+        path = track.track(imagine(world, frame * STRIDE, cameras, size))
+        execute(world, path, acted)
         if world.success():
             return "success"
         now = np.minimum(STRIDE * (frame + 1 + np.arange(acted)), len(script) - 1)
@@ -600,88 +525,59 @@ def rollout(task, seed, size, imagine, generated, views=2, acted=10, film=None):
     return failure or "execution"
 
 
-def rollouts(task, count, out, run=None, size=(128, 160), views=2, acted=10, frames=10, steps=None):
-    """Success of a run, of the oracle and of holding still on the same worlds; writes rollouts.json and .md."""
-    def ours(world, step, cameras, size):
-        return sample.predict(run, world.observe(*cameras, size), frames=frames, steps=steps, seed=step)
-
-    imagine = {"ours": ours, "oracle: the true future": lambda *now: scripted_future(*now, frames),
-               "hold still": lambda *_: None}
-    outcomes = {label: [] for label in imagine if label != "ours" or run is not None}
-    out, started = Path(out), time.time()
+def rollouts(run, task, count, out, views=2, acted=10, frames=10, steps=None):
+    """Success of a run and of the oracle on the same worlds, with Wilson's interval; writes rollouts.json and .md."""
+    from scipy.stats import binomtest
+    if run.model.rgb_only:
+        raise ValueError(f"{run.folder} generates RGB only: --rollout needs points to track")
+    ours = lambda world, step, cameras, size: sample.predict(
+        run, world.observe(*cameras, size), frames=frames, steps=steps, seed=step)
+    imagine = {"ours": ours, "oracle: the true future": lambda *now: scripted_future(*now, frames)}
+    outcomes, size = {label: [] for label in imagine}, (run.model.preset.height, run.model.preset.width)
     for i in tqdm(range(count), desc="rollouts", unit="try"):
-        for label in outcomes:
-            film, seed = [] if i == 0 else None, ROLLOUT_SEED + i
-            outcomes[label].append(rollout(task, seed, size, imagine[label], label == "ours", views, acted, film))
-            if film:
-                seconds = np.arange(1, 1 + len(film)) / data.CLIP_HZ
-                data.write_gif(out / f"{label.split(':')[0]}.gif", film, data.CLIP_HZ, seconds)
-        if i == 0:
-            tqdm.write(f"{count} tries: about {(count - 1) * (time.time() - started) / 60:.0f} min more")
+        for label, found in outcomes.items():
+            found.append(rollout(task, ROLLOUT_SEED + i, size, imagine[label], label == "ours", views, acted))
     lines = [f"| | success | Wilson 95 % | failed: {' | failed: '.join(FAILURES)} |", "|---" * 6 + "|"]
     for label, found in outcomes.items():
         won, failed = found.count("success"), " | ".join(str(found.count(reason)) for reason in FAILURES)
-        low, high = wilson_interval(won, count)
+        low, high = binomtest(won, count).proportion_ci(method="wilson")
         lines.append(f"| {label} | {won}/{count} = {won / count:.2f} | {low:.2f}-{high:.2f} | {failed} |")
-    settings = dict(task=task, size=data.size_text(size), views=views, acted=acted, frames=frames,
-                    steps=steps or "the preset's", limit=LIMIT)
     lines += [f"| *paper: ours, 30 rollouts* | {PUBLISHED_SUCCESS[task]} | | | | |", "",
-              "- " + ", ".join(f"{key} {value}" for key, value in settings.items()), ""]
-    results = settings | dict(weights=run and weights_hash(run), outcomes=outcomes)
-    write_results(out, "\n".join(lines), results, "rollouts")
-    print(f"the first try of each row: {out}/*.gif")
-    return outcomes
+              f"- task {task}, {data.size_text(size)}, {views} views, {acted} frames of {frames} acted on at a time", ""]
+    write_results(out, "rollouts", outcomes, "\n".join(lines))
 
 
-def wilson_interval(successes, trials, z=1.96):
-    """Wilson's 95 % interval of a success rate (Brown et al. 2001, eq. 4); honest at 0 and 1, unlike +- 1.96 sigma."""
-    p, n = successes / trials, trials
-    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+# ------------------------------------ commands
 
-
-# ------------------------------------------------------------------------------------------------ commands
-
-MODES = {"clips": "held-out clips (no mode flag)", "predictions": "--predictions", "ablation": "--ablation",
-         "rollout": "--rollout"}
-FLAGS = {  # type, the modes that do something with it (the others refuse it), help
-    "data": (str, "clips ablation", "packed episodes [data/task_N]"),
-    "run": (str, "clips ablation rollout", "folder that train.py wrote [runs/task_N]"),
-    "out": (str, "clips predictions ablation rollout", "folder of results [RUN/evaluation, /ablation, /rollouts; DIR]"),
-    "clips": (int, "clips ablation", "held-out clips to sample and score [24]"),
-    "views": (int, "clips ablation rollout", "views of a clip, the first is the reference [2]"),
-    "frames": (int, "clips ablation rollout", "frames to predict, two a second [10]"),
-    "steps": (int, "clips ablation rollout", "steps of the sampler [1 of the small presets, 8 of svd]"),
-    "seeds": (int, "clips ablation", "of the sampler's noise, and of the training with --ablation [0 1]"),
-    "i3d": (str, "clips predictions ablation", "TorchScript I3D for FVD and MMD [the hub's, if it was downloaded]"),
-    "minutes": (float, "ablation", "minutes to train each row and seed [train.py's steps]"),
-    "train_steps": (int, "ablation", "the same in steps [train.py's]"),
-    "preset": (str, "ablation", "of the models [train.py's]"),
-    "execute": (int, "rollout", "frames to act on before looking again [--frames]"),
-    "size": (data.parse_size, "rollout", "HxW pixels of what is filmed [the model's; 128x160 without one]"),
-}
+USELESS = {"predictions": "task data run clips views frames steps seeds execute", "rollout": "data clips seeds i3d",
+           "ablation": "execute", "evaluation": "execute"}  # by what is done
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="example: python evaluate.py --task 1 "
-                                     "--run tests/data/trained --clips 4 --seeds 0 --out runs/trained")
-    tasks = "; ".join(f"{number} {task.name}" for number, task in data.TASKS.items())
-    parser.add_argument("--task", type=int, choices=data.TASKS, help=tasks)
-    command = parser.add_mutually_exclusive_group()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, command = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("--task", type=int, choices=data.TASKS, help="; ".join(f"{n} {task.name}" for n, task in data.TASKS.items()))
     command.add_argument("--predictions", metavar="DIR", help="score every prediction.npz below DIR; an array gripper "
                          "(V,T,H,W) in it, from SAM 2, say, takes the place of the tracker's masks")
-    command.add_argument("--ablation", action="store_const", const=True, help="train and score the paper's four rows")
-    command.add_argument("--rollout", type=int, metavar="N", help="N closed-loop tries, with RUN's model if any")
-    for name, (kind, modes, text) in FLAGS.items():
-        text = text if " " in modes else f"{MODES[modes]}: {text}"
-        parser.add_argument(f"--{name}", type=kind, help=text, nargs="+" if name == "seeds" else None)
+    command.add_argument("--ablation", nargs=argparse.REMAINDER, help="train and score the paper's four rows; what "
+                         "follows are flags of train.py, such as --minutes 30")
+    command.add_argument("--rollout", type=int, metavar="N", help="N closed-loop tries")
+    add("--run", help="folder that train.py wrote [runs/task_N]")
+    add("--data", help="packed episodes [data/task_N]")
+    add("--out", help="folder of results [RUN/evaluation, /ablation, /rollout; DIR]")
+    add("--clips", type=int, help="held-out clips to sample and score [24]")
+    add("--views", type=int, help="views of a clip, the first is the reference [2]")
+    add("--frames", type=int, help="frames to predict, two a second [10]")
+    add("--steps", type=int, help="steps of the sampler [1 of the small presets, 8 of svd]")
+    add("--seeds", type=int, nargs="+", help="of the sampler's noise, and of the training with --ablation [0 1]")
+    add("--i3d", metavar="FILE", help="TorchScript I3D, for FVD and MMD")
+    add("--execute", type=int, metavar="K", help="with --rollout: frames to act on before looking again [--frames]")
     args = parser.parse_args()
-    args.mode = next((mode for mode in MODES if getattr(args, mode) is not None and mode != "clips"), "clips")
+    args.mode = next((mode for mode in list(USELESS)[:3] if getattr(args, mode) is not None), "evaluation")
     for name, value in vars(args).items():
-        if name in FLAGS and value is not None and args.mode not in FLAGS[name][1].split():
-            raise ValueError(f"--{name} does nothing for {MODES[args.mode]}: leave it out; it is for "
-                             + " and ".join(MODES[mode] for mode in FLAGS[name][1].split()))
-        if type(value) in (int, float) and value < (least := {"views": 2, "minutes": 0.01}.get(name, 1)):
+        if value is not None and name in USELESS[args.mode].split():
+            raise ValueError(f"--{name} does nothing for {args.mode}: leave it out")
+        if type(value) is int and value < (least := 1 + (name == "views")):
             raise ValueError(f"--{name} {value}: at least {least} is needed")
     args.views, args.frames, args.seeds = args.views or 2, args.frames or 10, args.seeds or [0, 1]
     args.execute = args.execute or args.frames
@@ -696,52 +592,27 @@ def load(folder):
     return sample.load_run(folder, *sample.fastest(sample.read_info(folder)["preset"]["clip"]))
 
 
-def score_task(args, run, folder, out):
-    """Samples, tracks and scores the held-out clips with RUN, or with the four rows of the ablation."""
-    runs, methods, count = {"ours": [run] * len(args.seeds)}, {}, args.clips or 24
-    if args.ablation:
-        flags = {"--minutes": args.minutes, "--steps": args.train_steps, "--preset": args.preset}
-        flags = [word for flag in flags.items() if flag[1] for word in flag]
-        print(f"{len(ABLATION) * len(args.seeds)} trainings" + (f" of {args.minutes:g} minutes" if args.minutes else
-                                                               " of train.py's length (--minutes M to say another)"))
-        runs = train_ablation(args.task, folder, run, args.seeds, flags)
-    for label, trained, seed in ((label, *pair) for label in runs for pair in zip(runs[label], args.seeds)):
-        loaded, target = load(trained), (trained / "evaluation" if args.ablation else out) / f"seed_{seed}"
-        make = lambda n: sample_clips(loaded, folder, n, target, seed, args.views, args.frames, args.steps)
-        if not methods:                              # the first clip tells how long all will take
-            times, rows = [time.time()], len(runs) * len(args.seeds)
-            first, = make(1).values()
-            times.append(time.time())
-            score_row([("", *tracked(load_clip(first)))], load_i3d(args.i3d), {})
-            sampling, scoring = np.diff([*times, time.time()]) * count / 60
-            print(f"{count} clips, {rows} times: about {rows * sampling + (rows + 3) * scoring:.0f} min")
-        methods.setdefault(label, []).append(make(count))
-    compare(methods, out, args.i3d, load(runs["ours"][0]))
-
-
 def main():
     args = parse()
-    if args.predictions:
+    if args.mode == "predictions":
         top = Path(args.predictions)
         found = {str(path.parent.relative_to(top)): path.parent for path in sorted(top.rglob("prediction.npz"))}
         if not found:
             raise ValueError(f"--predictions {top}: no prediction.npz anywhere below it")
-        print(f"{len(found)} predictions below {top}")
-        return compare({top.name or "predictions": [found]}, args.out or top, args.i3d)
-    run = Path(args.run or f"runs/task_{args.task}")
-    out = Path(args.out or run / dict(clips="evaluation", ablation="ablation", rollout="rollouts")[args.mode])
-    if args.mode != "rollout":
-        return score_task(args, run, Path(args.data or f"data/task_{args.task}"), out)
-    loaded, size = None, args.size or (128, 160)
-    if args.run or (run / "model.json").exists():
-        loaded = load(run)
-        size = args.size or (loaded.model.preset.height, loaded.model.preset.width)
-        if loaded.model.rgb_only:
-            raise ValueError(f"{run} generates RGB only, no points to track: --rollout needs a run without --rgb_only")
-    else:
-        print(f"no model in {run}: oracle and hold-still rows only (make one, `python train.py --task {args.task}`, "
-              "or give --run)")
-    rollouts(args.task, args.rollout, out, loaded, size, args.views, args.execute, args.frames, args.steps)
+        return compare({top.name or "predictions": [found]}, Path(args.out or top), args.i3d)
+    run, folder = Path(args.run or f"runs/task_{args.task}"), Path(args.data or f"data/task_{args.task}")
+    out = Path(args.out or run / args.mode)
+    if args.mode == "rollout":
+        return rollouts(load(run), args.task, args.rollout, out, args.views, args.execute, args.frames, args.steps)
+    runs, methods = {"ours": [run] * len(args.seeds)}, {}
+    if args.mode == "ablation":
+        runs = train_ablation(args.task, folder, run, args.seeds, args.ablation)
+    for label, trained in runs.items():
+        for path, seed in zip(trained, args.seeds):
+            target = (out if path == run else path / "evaluation") / f"seed_{seed}"
+            methods.setdefault(label, []).append(sample_clips(
+                load(path), folder, args.clips or 24, target, seed, args.views, args.frames, args.steps))
+    compare(methods, out, args.i3d, load(runs["ours"][0]))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from data import read_json
 # ------------------------------------------------------------------------------------------- presets
 
 SVD_REPO = "stabilityai/stable-video-diffusion-img2vid"
-FPS_ID, MOTION_BUCKET, NOISE_AUGMENTATION = 6, 127, 0.02     # SVD's three conditioning numbers, kept constant
+FPS_ID, MOTION_BUCKET, NOISE_AUGMENTATION = 6, 127, 0.02  # SVD's three conditioning numbers, kept constant
 
 
 @dataclass
@@ -77,10 +77,10 @@ def unet_config(channels, heads, layers, latent_channels, context, groups, atten
 
 
 PRESETS = {
-    # A laptop: 8 x 10 cells.
+    # A laptop: 16 x 20 cells. All 48 components of a patch: nothing is lost in the code.
     "tiny": Preset("tiny", height=64, width=80, prediction="change", sigma_min=1.0, sigma_max=80.0, view_heads=4,
-                   view_head_dim=32, vae=dict(patch_size=8, components=128),
-                   unet=unet_config((64, 96), heads=(4, 4), layers=1, latent_channels=128, context=32, groups=8,
+                   view_head_dim=32, vae=dict(patch_size=4, components=48),
+                   unet=unet_config((64, 96), heads=(4, 4), layers=1, latent_channels=48, context=32, groups=8,
                                     attention_levels=0)),
     # One ordinary GPU: 16 x 20 cells.
     "small": Preset("small", height=128, width=160, prediction="change", sigma_min=1.0, sigma_max=80.0, view_heads=4,
@@ -131,7 +131,7 @@ def load_pretrained(module_class, folder_or_repo, subfolder=None, dtype=torch.fl
             module = module_class(config)
     except KeyError as error:
         raise ValueError(f"{folder}/config.json lacks the key {error}: is it that of an SVD {subfolder}?") from None
-    files = sorted(folder.glob("*.safetensors"))                 # one, or shards; often in both precisions
+    files = sorted(folder.glob("*.safetensors"))  # one, or shards; often in both precisions
     files = [path for path in files if (".fp16" in path.name) == half] or files
     if not files:
         raise ValueError(f"{folder} has no .safetensors file")
@@ -157,7 +157,7 @@ def hub_folder(folder_or_repo, subfolder, half):
                                      local_files_only=failure is not None)
             if any((Path(root) / subfolder).glob("*.safetensors")):
                 return Path(root) / subfolder
-        except Exception as error:                               # the client has many types for "no" and "not now"
+        except Exception as error:  # the client has many types for "no" and "not now"
             failure = failure or error
     why = type(failure).__name__ if failure else "it has no .safetensors"
     if isinstance(failure, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
@@ -242,7 +242,7 @@ class TimeConv(nn.Conv3d):
         super().__init__(channels, channels, (3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, x):
-        if x.shape[2] == 1:                                  # both neighbours of a lone frame are zero padding
+        if x.shape[2] == 1:  # both neighbours of a lone frame are zero padding
             return F.conv2d(x, self.weight[:, :, 1], self.bias)
         return F.conv2d(x, self.weight[..., 0], self.bias, padding=(1, 0))
 
@@ -279,11 +279,11 @@ class VideoResidual(nn.Module):
         self.time_mixer = Mixer()
 
     def forward(self, x, c):
-        x = self.spatial_res_block(x, c.time)                                # (B T, C, h, w)
+        x = self.spatial_res_block(x, c.time)  # (B T, C, h, w)
         if c.still:
             return x
         h, T = x.shape[2], c.frame.shape[1]
-        x = rearrange(x, "(b t) c h w -> b c t (h w)", t=T)                  # a view, as x is channels-last
+        x = rearrange(x, "(b t) c h w -> b c t (h w)", t=T)  # a view, as x is channels-last
         x = self.time_mixer(x, self.temporal_res_block(x, c.time))
         return rearrange(x, "b c t (h w) -> (b t) c h w", h=h)
 
@@ -305,7 +305,7 @@ class Attention(nn.Module):
         value = key if value is None else value
         q, k, v = (rearrange(y, "n l (heads c) -> n heads l c", heads=self.heads)
                    for y in (self.to_q(query), self.to_k(key), self.to_v(value)))
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:             # backward is 6 times faster than the fused
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # backward is 6 times faster than the fused
             y = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
@@ -316,7 +316,7 @@ class FeedForward(nn.Module):
     def __init__(self, width):
         super().__init__()
         gated = nn.ModuleDict({"proj": nn.Linear(width, 8 * width)})
-        self.net = nn.ModuleList([gated, nn.Identity(), nn.Linear(4 * width, width)])         # net.0.proj, net.2
+        self.net = nn.ModuleList([gated, nn.Identity(), nn.Linear(4 * width, width)])  # net.0.proj, net.2
 
     def forward(self, x):
         x, gate = self.net[0]["proj"](x).chunk(2, -1)
@@ -345,7 +345,7 @@ class TransformerBlock(nn.Module):
         if self.temporal:
             x = x + self.ff_in(self.norm_in(x))
         x = x + self.attn1(self.norm1(x))
-        tokens = rearrange(x, "(b n) l c -> b (n l) c", b=len(context))      # all tokens of a clip
+        tokens = rearrange(x, "(b n) l c -> b (n l) c", b=len(context))  # all tokens of a clip
         if context.shape[1] == 1:                     # softmax over one key is 1, whatever query and key are
             tokens = tokens + self.attn2.to_out(self.attn2.to_v(context))
         else:
@@ -370,12 +370,12 @@ class VideoTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x, c):
-        (B, T), (C, h, w) = c.frame.shape, x.shape[1:]                       # x (B T, C, h, w)
-        position = self.time_pos_embed(sinusoid(c.frame, C))[:, None]        # (B, 1, T, C)
+        (B, T), (C, h, w) = c.frame.shape, x.shape[1:]                 # x (B T, C, h, w)
+        position = self.time_pos_embed(sinusoid(c.frame, C))[:, None]  # (B, 1, T, C)
         y = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))
         for over_space, over_time in zip(self.transformer_blocks, self.temporal_transformer_blocks):
             spatial = rearrange(over_space(y, c.context), "(b t) n c -> b n t c", t=T)
-            y = spatial + position                                           # all that a still knows of time
+            y = spatial + position  # all that a still knows of time
             if not c.still:
                 y = over_time(y.flatten(0, 1), c.context).view(spatial.shape)
             y = rearrange(self.time_mixer(spatial, y), "b n t c -> (b t) n c")
@@ -400,7 +400,7 @@ class Level(nn.Module):
     def __init__(self, widths, config, level, attends, eps, down=False, up=False):
         super().__init__()
         keys = "cross_attention_dim", "num_attention_heads", "transformer_layers_per_block"
-        sizes = (config[key] for key in keys)                # the hub gives one number, or one for each level
+        sizes = (config[key] for key in keys)  # the hub gives one number, or one for each level
         sizes = [size[level] if isinstance(size, (list, tuple)) else size for size in sizes]
         eps = config.get("resnet_eps") or eps
         groups, time_width = config.get("norm_num_groups", 32), 4 * config["block_out_channels"][0]
@@ -424,7 +424,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.checkpointing = False                           # True: recompute activations in backward, to save memory
         channels, layers = config["block_out_channels"], config["layers_per_block"] + 1
-        skips = [channels[0]] + [width for width in channels for _ in range(layers)]    # what the encoder leaves:
+        skips = [channels[0]] + [width for width in channels for _ in range(layers)]  # what the encoder leaves:
         del skips[-1]                                        # conv_in, each level's layers and all downsamplers but one
         self.up_blocks, width = nn.ModuleList(), channels[-1]
         for kind, level in zip(config["up_block_types"], reversed(range(len(channels)))):
@@ -479,7 +479,7 @@ class UNet(Decoder):
             widths = [(width, channels[level])] + [(channels[level], channels[level])] * (layers - 1)
             width = channels[level]
             self.down_blocks.append(Level(widths, config, level, layers if attends else 0,
-                                          eps=1e-6 if attends else 1e-5,     # no slip: the published weights have both
+                                          eps=1e-6 if attends else 1e-5,  # no slip: the published weights have both
                                           down=level < len(channels) - 1))
         self.mid_block = Level([(width, width)] * 2, config, -1, 1, eps=1e-5)
 
@@ -495,7 +495,7 @@ class UNet(Decoder):
         """timestep (B,), image_embeds (B, L, D), added_time_ids (B, 3), frame_index (B, T) -> Condition"""
         ids = sinusoid(added_time_ids.to(timestep.dtype), self.config["addition_time_embed_dim"]).flatten(1)
         time = self.time_embedding(sinusoid(timestep, self.config["block_out_channels"][0]))
-        time = time + self.add_embedding(ids)                                # (B, E)
+        time = time + self.add_embedding(ids)  # (B, E)
         still = frame_index.shape[1] == 1 and not self.config.get("temporal_on_stills", True)
         return Condition(time, image_embeds.to(time.dtype), frame_index.to(timestep.dtype), still)
 
@@ -543,7 +543,7 @@ class CLIPLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(width, eps)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
 
-    def forward(self, x):                                                    # (N, tokens, C)
+    def forward(self, x):  # (N, tokens, C)
         y = self.layer_norm1(x)
         q, k, v = (rearrange(self.self_attn[f"{name}_proj"](y), "n l (heads c) -> n heads l c", heads=self.heads)
                    for name in "qkv")
@@ -555,7 +555,7 @@ class CLIPLayer(nn.Module):
 class CLIPImageEncoder(nn.Module):
     """CLIP's vision transformer (ViT-H/14 in SVD): one embedding of an image, from its class token. config: the hub's
     image_encoder/config.json."""
-    keys_to_ignore = ("vision_model.embeddings.position_ids",)               # 0, 1, 2...; older files have it
+    keys_to_ignore = ("vision_model.embeddings.position_ids",)  # 0, 1, 2...; older files have it
 
     def __init__(self, config):
         super().__init__()
@@ -568,7 +568,7 @@ class CLIPImageEncoder(nn.Module):
         embeddings.class_embedding = nn.Parameter(torch.zeros(width))
         self.vision_model = nn.ModuleDict({
             "embeddings": embeddings,
-            "pre_layrnorm": nn.LayerNorm(width, eps),                        # the published files really spell it so
+            "pre_layrnorm": nn.LayerNorm(width, eps),  # the published files really spell it so
             "encoder": nn.ModuleDict({"layers": nn.ModuleList(
                 CLIPLayer(width, config["intermediate_size"], config["num_attention_heads"], eps)
                 for _ in range(config["num_hidden_layers"]))}),
@@ -588,7 +588,7 @@ class CLIPImageEncoder(nn.Module):
         model = self.vision_model
         patches = rearrange(model["embeddings"]["patch_embedding"](pixels), "n c h w -> n (h w) c")
         first = model["embeddings"].class_embedding.expand(len(pixels), 1, -1)
-        x = torch.cat([first, patches], 1) + model["embeddings"]["position_embedding"].weight     # (N, 257, C)
+        x = torch.cat([first, patches], 1) + model["embeddings"]["position_embedding"].weight  # (N, 257, C)
         x = model["pre_layrnorm"](x)
         for layer in model["encoder"]["layers"]:
             x = layer(x)
@@ -602,7 +602,7 @@ def clip_preprocess(images, size=224):
     not kept: SVD was trained so. The blur is a Gaussian of sigma (H / size - 1) / 2 pixels, cut off at two sigmas."""
     for axis in (-2, -1):
         sigma = max((images.shape[axis] / size - 1) / 2, 0.001)
-        reach = int(max(4 * sigma, 3)) // 2                                  # the kernel has 2 reach + 1 taps
+        reach = int(max(4 * sigma, 3)) // 2  # the kernel has 2 reach + 1 taps
         offset = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
         kernel = torch.exp(-offset ** 2 / (2 * sigma ** 2))
         kernel = (kernel / kernel.sum()).view((-1, 1) if axis == -2 else (1, -1)).expand(images.shape[1], 1, -1, -1)
@@ -638,7 +638,7 @@ class CrossViewAttention(nn.Module):
         self.norm_view = nn.LayerNorm(channels) if norm else None
         self.norm_reference = nn.LayerNorm(channels) if norm else None
         self.attention = Attention(channels, channels, heads, heads * head_dim)
-        nn.init.zeros_(self.attention.to_out[0].weight)      # it adds nothing at first: a new svd model is exactly SVD
+        nn.init.zeros_(self.attention.to_out[0].weight)  # it adds nothing at first: a new svd model is exactly SVD
         nn.init.zeros_(self.attention.to_out[0].bias)
 
     def forward(self, x, reference):
@@ -659,13 +659,13 @@ def fresh(unet):
     by one, which is what training begins with."""
     for module in unet.modules():
         ends = [getattr(module, name) for name in ("conv2", "proj_out", "conv_out") if hasattr(module, name)]
-        if getattr(module, "temporal", False):               # a transformer block
+        if getattr(module, "temporal", False):  # a transformer block
             ends = [module.ff_in.net[2], module.attn1.to_out[0], module.attn2.to_out[0], module.ff.net[2]]
         for end in ends:
             nn.init.zeros_(end.weight)
             nn.init.zeros_(end.bias)
         if isinstance(module, TimeConv):
-            nn.init.zeros_(module.weight[:, :, ::2])         # the frame before and the frame after
+            nn.init.zeros_(module.weight[:, :, ::2])  # the frame before and the frame after
     return unet
 
 
@@ -749,7 +749,7 @@ class Model4D(nn.Module):
         x, skips = self.unet.encode(x, c)
 
         # 2. Decoder A: RGB of all views and the reference's pointmap (RGB only: the reference's RGB).
-        lead = B if self.rgb_only else (V + 1) * B                           # clips
+        lead = B if self.rgb_only else (V + 1) * B  # clips
         rows = slice(0, lead * T)
         F_x, written = self.unet.decode(x[rows], [skip[rows] for skip in skips], c.rows(slice(0, lead)))
 
@@ -773,7 +773,7 @@ class Model4D(nn.Module):
         """The context token of every clip, ((s v b), 1, D): of its own view, or learned where there is no CLIP."""
         if image_embeds is None:
             return self.token.expand(S * V * B, 1, -1)
-        if self.preset.tokens == "crossed":                  # RGB sees view 1's, pointmaps see view 0's
+        if self.preset.tokens == "crossed":  # RGB sees view 1's, pointmaps see view 0's
             crossed = image_embeds[:, [min(1, V - 1), 0][:S]]
             return repeat(crossed, "b s d -> (s v b) 1 d", v=V)
         return repeat(image_embeds, "b v d -> (s v b) 1 d", s=S)

@@ -11,8 +11,7 @@ The model is given colours, depth and intrinsics of each view, and no camera pos
 instead: a view's observed points, in its own frame, and its predicted points, in the reference's, belong
 to the same pixels, and a rigid fit between them is the pose.
 
-Writes into RUN/samples/NAME prediction.npz, sheet.png (observed, predicted, true) and scene.gif: a row a
-view of observed colours, generated colours, depth; beside them the fused cloud; below, the truth's.
+Writes prediction.npz, sheet.png and scene.gif into RUN/samples/NAME.
 
 Letters   B samples, V views (0 is the reference), S streams (0 RGB, 1 pointmap), T predicted frames,
           F = T + 1 with the observed one, A arms, C latent channels, D width of an image embedding,
@@ -24,9 +23,9 @@ SVD, arXiv 2311.15127; guidance, arXiv 2207.12598.
 import argparse
 import pickle
 import re
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,26 +38,25 @@ from tqdm import tqdm
 
 import data
 from data import invert, point_maps, transform
-from model import (NOISE_AUGMENTATION, PRESETS, SVD_REPO, CLIPImageEncoder, Model4D, Preset,
-                   clip_preprocess, load_weights)
+from model import PRESETS, SVD_REPO, CLIPImageEncoder, Model4D, Preset, clip_preprocess, load_weights
 from vae import VAE, load_vae, read_keys, save_tensors, save_vae
 
-SAMPLERS = {"change": ("dpm", 1), "v": ("dpm", 8)}     # solver and steps, by what the network predicts
+STEPS = {"change": 1, "v": 8}  # of the solver, by what the network predicts
 FAR_SHARE = 0.97        # of FAR: points beyond are the plane where unmeasured pixels were put
 
 
-# ------------------------------------------------------------------------------------ conditions
+# ------------------------------------ conditions
 # `run` is what load_run returns: model, vaes {"rgb", "pointmap"}, clip (the image encoder, or None),
 # info, folder, device, dtype.
 
-def encode_conditions(run, rgb, own_points, rgb_noise=0.0):
+def encode_conditions(run, rgb, own_points):
     """What the observed frame tells the model. rgb, own_points (B, V, 3, H, W) in [-1, 1], points in
     each view's own frame.
 
     Returns cond (B, V, S, C, h, w), which stands beside the noisy latents of every frame, and image
-    embeddings (B, V, D), None without CLIP. rgb_noise is added to what the VAE sees, not CLIP.
+    embeddings (B, V, D), None without CLIP.
     """
-    streams = zip(run.vaes.values(), (rgb + rgb_noise, own_points))
+    streams = zip(run.vaes.values(), (rgb, own_points))
     cond = torch.stack([coder.encode_condition(x.flatten(0, 1)) for coder, x in streams], 1)
     cond = cond.unflatten(0, rgb.shape[:2]).to(run.dtype)
     if run.clip is None:
@@ -87,7 +85,7 @@ def decode(run, latents):
     return images[0].clamp(-1, 1), data.denormalize_points(images[1]) if images[1:] else None
 
 
-# --------------------------------------------------------------------------------------- sampler
+# ------------------------------------ sampler
 
 def karras_sigmas(steps, sigma_min=0.002, sigma_max=700.0, rho=7.0):
     """Noise levels sigma_0 > ... > sigma_steps = 0, (steps + 1,) float64 (EDM eq. 5; SVD's constants)."""
@@ -97,27 +95,18 @@ def karras_sigmas(steps, sigma_min=0.002, sigma_max=700.0, rho=7.0):
 
 
 @torch.no_grad()
-def sample_euler(denoise, noise, sigmas):
-    """Euler's method on the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma (EDM
-    algorithm 1, no churn).
+def sample_dpm(denoise, noise, sigmas, order=2):
+    """The probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma by DPM-Solver++(2M): in t = -ln(sigma)
+    it is linear but for D, which goes on along the line through its last two values. At order 1 D stays
+    as it is, and this is Euler's method (EDM algorithm 1, no churn).
 
     denoise(x, sigma) -> the clean estimate D; noise: standard normal; sigmas: descending, ending in 0.
     """
     x = noise * (sigmas[0] ** 2 + 1).sqrt().item()  # variance of noise and data, whose own is 1
-    for sigma, sigma_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
-        x = x + (sigma_next - sigma) * (x - denoise(x, sigma)) / sigma
-    return x
-
-
-@torch.no_grad()
-def sample_dpm(denoise, noise, sigmas):
-    """The same ODE by DPM-Solver++(2M): in t = -ln(sigma) it is linear but for D, which goes on along
-    the line through its last two values. Second order at one evaluation a step."""
-    x = noise * (sigmas[0] ** 2 + 1).sqrt().item()
     D_before = h_before = None
     for sigma, sigma_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
         D = D_ahead = denoise(x, sigma)
-        if sigma_next > 0:
+        if sigma_next > 0 and order == 2:
             h = np.log(sigma / sigma_next)
             if D_before is not None:
                 D_ahead = D + (D - D_before) * h / (2 * h_before)
@@ -126,10 +115,10 @@ def sample_dpm(denoise, noise, sigmas):
     return x
 
 
-SOLVERS = {"euler": sample_euler, "dpm": sample_dpm}
+sample_euler = partial(sample_dpm, order=1)
 
 
-def sample_latents(run, cond, embeds, frames, steps=None, guidance=1.0, generator=None, solver=None,
+def sample_latents(run, cond, embeds, frames, steps=None, guidance=1.0, generator=None, solver=sample_dpm,
                    progress=False):
     """Clean latents (B, V, S, T, C, h, w), given what encode_conditions returns.
 
@@ -137,33 +126,26 @@ def sample_latents(run, cond, embeds, frames, steps=None, guidance=1.0, generato
     pass. generator: of the starting noise, drawn on the CPU, so that all devices start alike.
     """
     preset, (B, V, S, C, h, w) = run.model.preset, cond.shape
-    usual_solver, usual_steps = SAMPLERS[preset.prediction]
-    sigmas = karras_sigmas(steps or usual_steps, preset.sigma_min, preset.sigma_max)
+    sigmas = karras_sigmas(steps or STEPS[preset.prediction], preset.sigma_min, preset.sigma_max)
     noise = torch.randn((B, V, S, frames, C, h, w), generator=generator).to(cond.device)
     weight = torch.linspace(1, guidance, frames, device=cond.device)[:, None, None, None]  # (T, 1, 1, 1)
-    bar = tqdm(total=len(sigmas) - 1, desc="sampling", unit="step", disable=not progress)
 
     def denoise(x, sigma):
-        began, sigma = time.time(), torch.full((B,), sigma, device=x.device)
+        sigma = torch.full((B,), sigma, device=x.device)
         D = run.model(x, sigma, cond, embeds).to(x.dtype)
         if guidance != 1:
             nothing = None if embeds is None else torch.zeros_like(embeds)
             unconditional = run.model(x, sigma, torch.zeros_like(cond), nothing).to(x.dtype)
             D = unconditional + weight * (D - unconditional)
-        if progress and not bar.n:
-            D.sum().item()  # waits for the GPU
-            took = time.time() - began
-            bar.write(f"{bar.total} steps of {took:.2f} s: about {took * bar.total:.0f} s")
         bar.update()
         return D
 
-    latents = SOLVERS[solver or usual_solver](denoise, noise, sigmas)
-    bar.close()
-    return latents
+    with tqdm(total=len(sigmas) - 1, desc="sampling", unit="step", disable=not progress) as bar:
+        return solver(denoise, noise, sigmas)
 
 
 @torch.no_grad()
-def predict(run, clip, frames=data.FRAMES, steps=None, guidance=1.0, seed=0, solver=None, progress=False):
+def predict(run, clip, frames=data.FRAMES, steps=None, guidance=1.0, seed=0, progress=False):
     """The clip with the prediction in it: rgb and, unless the run is RGB only, points, valid and
     view_in_ref.
 
@@ -171,24 +153,15 @@ def predict(run, clip, frames=data.FRAMES, steps=None, guidance=1.0, seed=0, sol
     FAR: the model has seen no truth beyond, only the plane on which unmeasured pixels were put.
     """
     if guidance != 1 and run.info.get("dropout", 0.1) == 0:
-        raise ValueError(f"{run.folder} was trained with dropout 0, always with its conditions: "
-                         "--guidance must be 1")
-    size, given = (run.model.preset.height, run.model.preset.width), clip["observed_rgb"].shape[1:3]
-    if given != size:
-        raise ValueError(f"the clip's pictures are {data.size_text(given)}, the model's "
-                         f"{data.size_text(size)}: give read_clip this size")
-    clip = {key: value for key, value in clip.items() if key not in ("rgb", "points", "valid", "view_in_ref")}
-    observed = {key: clip[key] for key in ("observed_rgb", "observed_depth", "intrinsics")}
-    tensors = data.to_tensors(observed)  # of the truth it sees nothing
+        raise ValueError(f"{run.folder} was trained with dropout 0: --guidance must be 1")
+    tensors = data.to_tensors({key: clip[key] for key in data.NEEDS["observed"]})  # nothing of the truth
     rgb, own_points = (x[None].to(run.device) for x in (tensors["rgb"][:, 0], tensors["own_points"]))
-    generator, rgb_noise = torch.Generator().manual_seed(seed), 0.0
-    if run.augmentation:                 # SVD was trained on slightly noisy observed frames, and told so
-        rgb_noise = run.augmentation * torch.randn(rgb.shape, generator=generator).to(rgb)
-    cond, embeds = encode_conditions(run, rgb, own_points, rgb_noise)
+    generator = torch.Generator().manual_seed(seed)
+    cond, embeds = encode_conditions(run, rgb, own_points)
     with run.autocast():
-        latents = sample_latents(run, cond, embeds, frames, steps, guidance, generator, solver, progress)
+        latents = sample_latents(run, cond, embeds, frames, steps, guidance, generator, progress=progress)
     rgb, points = decode(run, latents)  # (1, V, T, 3, H, W)
-    clip["rgb"] = ((rgb[0].movedim(2, -1) + 1) * 127.5).round().byte().cpu().numpy()
+    clip = dict(clip, rgb=((rgb[0].movedim(2, -1) + 1) * 127.5).round().byte().cpu().numpy())
     if points is None:
         return clip
     points = points[0].movedim(2, -1).cpu().numpy()  # (V, T, H, W, 3)
@@ -199,152 +172,108 @@ def predict(run, clip, frames=data.FRAMES, steps=None, guidance=1.0, seed=0, sol
     return dict(clip, points=points, view_in_ref=view_in_ref, valid=(z > 0) & (z < FAR_SHARE * data.FAR))
 
 
-def recover_view_in_ref(own, valid, points, iterations=20):
+def recover_view_in_ref(own, valid, points):
     """The pose of a view's camera in the reference frame: NaN where too little was measured.
 
     own (..., 3) points of the observed frame in the view's own frame, valid (...); points (T, ..., 3),
     the same pixels in the reference frame. The median over time removes most of what moves; the fit is
     reweighted (Geman-McClure), so that the rest counts little.
     """
-    source, target = own[valid].astype(np.float64), np.median(points, 0)[valid].astype(np.float64)
+    source, target = own[valid].astype(float), np.median(points, 0)[valid].astype(float)
     if len(source) < 3:
         return np.full((4, 4), np.nan)
     weights = np.ones(len(source))
-    for _ in range(iterations):
+    for _ in range(20):
         view_in_ref = data.rigid_fit(source, target, weights)
         residual = np.linalg.norm(transform(source, view_in_ref) - target, axis=-1)
         weights = 1 / (1 + (residual / max(np.median(residual), 0.005)) ** 2) ** 2
     return view_in_ref
 
 
-# -------------------------------------------------------------------------------------- pictures
+# ------------------------------------ pictures
 
-def depth_images(clip, prefix=""):
-    """Colours (V, T, H, W, 3) of z in the reference frame: red near, blue far, black where nothing is
-    valid. prefix "true_": of the truth; "observed_" (V, 1, H, W, 3): of what was measured, own frame."""
+def pictures(clip, prefix=""):
+    """{"RGB": , and where points are predicted "z": } of a clip, (V, F, H, W, 3) uint8 each, the observed
+    frame first. z is each view's own, then the reference's: red near, blue far, black where nothing is
+    valid. prefix "true_": of the truth, where it is known."""
     import matplotlib
-    measured = clip["observed_depth"][:, None]
-    z, valid = measured, (measured > 0) & (measured <= data.FAR)
-    low, high = np.percentile(z[valid], (1, 99)) * (0.9, 1.1) if valid.any() else (0.0, data.FAR)
-    if prefix != "observed_":
-        z, valid = clip[prefix + "points"][..., 2], clip[prefix + "valid"]
-    colors = matplotlib.colormaps["turbo_r"](((z - low) / (high - low)).clip(0, 1))[..., :3]
-    return (colors * 255 * valid[..., None]).astype(np.uint8)
+    if prefix + "rgb" not in clip:
+        return {}
+    join = lambda first, key: np.concatenate([first[:, None], clip[prefix + key]], 1)
+    made, z = {"RGB": join(clip["observed_rgb"], "rgb")}, clip["observed_depth"]
+    if "points" in clip:
+        seen = (z > 0) & (z <= data.FAR)
+        low, high = np.percentile(z[seen], (1, 99)) * (0.9, 1.1) if seen.any() else (0.0, data.FAR)
+        z = np.concatenate([z[:, None], clip[prefix + "points"][..., 2]], 1)
+        colours = matplotlib.colormaps["turbo_r"](((z - low) / (high - low)).clip(0, 1))[..., :3]
+        made["z"] = (colours * 255 * join(seen, "valid")[..., None]).astype(np.uint8)
+    return made
 
 
 def contact_sheet(path, clip, title=""):
-    """Observed | predicted | true: RGB and depth of every view over time, one PNG."""
-    plt, rows = data.pyplot(), []  # label, observed picture or None, pictures over time
+    """Predicted RGB and depth of every view over time, the observed first, each above its truth, one PNG."""
+    plt, rows, made, true = data.pyplot(), {}, pictures(clip), pictures(clip, "true_")
     for v in range(len(clip["rgb"])):
-        label = f"view {v + 1}{' (reference)' * (v == 0)}\npredicted"
-        rows.append((label, clip["observed_rgb"][v], clip["rgb"][v]))
-        if "true_rgb" in clip:
-            rows.append(("true", None, clip["true_rgb"][v]))
-        if "points" in clip:
-            label = "own z, then z in\nreference, pred."
-            rows.append((label, depth_images(clip, "observed_")[v, 0], depth_images(clip)[v]))
-            if "true_points" in clip:
-                rows.append(("true z", None, depth_images(clip, "true_")[v]))
-    frames = clip["rgb"].shape[1]
-    shown = np.unique(np.linspace(0, frames - 1, 5).round().astype(int))
-    headings = ["observed"] + [f"+{(t + 1) / clip['fps']:g} s" for t in shown]
-    figure, axes = plt.subplots(len(rows), len(headings), squeeze=False, layout="constrained",
-                                figsize=(2.1 * len(headings) + 0.6, 1.75 * len(rows) + 0.4))
-    for ax, heading in zip(axes[0], headings):
-        ax.set_title(heading, fontsize=9)
-    for row, (label, observed, pictures) in zip(axes, rows):
+        for kind in made:
+            rows[f"view {v + 1}, {kind}"] = made[kind][v]
+            if true:
+                rows[f"view {v + 1}, true {kind}"] = true[kind][v]
+    shown = [0, *np.unique(np.linspace(1, clip["rgb"].shape[1], 5).astype(int))]
+    figure, axes = plt.subplots(len(rows), len(shown), squeeze=False, layout="constrained",
+                                figsize=(2.1 * len(shown) + 0.6, 1.75 * len(rows) + 0.4))
+    for row, (label, video) in zip(axes, rows.items()):
         row[0].set_ylabel(label, fontsize=9)
-        for ax, picture in zip(row, [observed, *pictures[shown]]):
+        for ax, t in zip(row, shown):
             ax.set(xticks=[], yticks=[], frame_on=False)
-            if picture is not None:
-                ax.imshow(picture, interpolation="nearest")
+            ax.imshow(video[t], interpolation="nearest")
+    for ax, t in zip(axes[0], shown):
+        ax.set_title(f"+{t / clip['fps']:g} s" if t else "observed", fontsize=9)
     figure.suptitle(title, fontsize=9)
     with data.writing(path) as partial:
         figure.savefig(partial, dpi=80, format="png")
     plt.close(figure)
 
 
-def splat(points_in_cam, colors, intrinsics, height, width, radius=1):
-    """Picture (H, W, 3) uint8 of a cloud (N, 3) with colours (N, 3): squares of 2 radius + 1 pixels,
-    nearest on top."""
-    in_front = points_in_cam[:, 2] > 0.05
-    pixels, z = data.project(points_in_cam[in_front], intrinsics)
-    order = np.argsort(-z)  # far first: later writes cover earlier ones
-    u, v = pixels[order].round().astype(int).T
-    inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
-    u, v, colors = u[inside], v[inside], colors[in_front][order][inside]
-    canvas = np.full((height + 2 * radius, width + 2 * radius, 3), 245, np.uint8)
-    window = np.arange(2 * radius + 1)
-    canvas[v[:, None, None] + window[:, None], u[:, None, None] + window] = colors[:, None, None]
-    return canvas[radius:radius + height, radius:radius + width]
-
-
-def cloud_frames(clip, side, each=1):
-    """The fused cloud of all views while time runs and a camera swings, `each` pictures a predicted
-    frame: (T * each, side, side, 3) uint8."""
-    points, rgb, valid = clip["points"], clip["rgb"], clip["valid"]
-    count, radius = each * points.shape[1], max(1, side // (2 * points.shape[2]))
-    target = np.median(points[0, 0][valid[0, 0]], axis=0) if valid[0, 0].any() else np.array([0, 0, 1.0])
+def cloud_frames(clip, prefix, side):
+    """The fused cloud of all views while time runs and a camera swings, (T, side, side, 3) uint8: squares
+    in the points' colours, the nearest on top."""
+    points, rgb, valid = (clip[prefix + key] for key in ("points", "rgb", "valid"))
+    T, radius = points.shape[1], max(1, side // (2 * points.shape[2]))
+    square, border = np.arange(2 * radius + 1), side + 2 * radius
     intrinsics = np.array([[1.2 * side, 0, side / 2], [0, 1.2 * side, side / 2], [0, 0, 1]])
-    drawn = []
-    for i in range(count):
-        seen, phase = valid[:, i // each], 2 * np.pi * i / count
+    target = np.median(points[0, 0], axis=(0, 1))
+    drawn = np.full((T, border, border, 3), 245, np.uint8)
+    for t in range(T):
+        seen, phase = valid[:, t], 2 * np.pi * t / T
         turned = Rotation.from_euler("YX", (0.5 * np.sin(phase), -0.15 - 0.15 * np.cos(phase))).as_matrix()
-        in_cam = (points[:, i // each][seen] - target) @ turned + (0, 0, 1.2 * target[2] + 0.4)
-        drawn.append(splat(in_cam, rgb[:, i // each][seen], intrinsics, side, side, radius))
-    return np.stack(drawn)
+        pixels, z = data.project((points[:, t][seen] - target) @ turned + (0, 0, 1.2 * target[2] + 0.4), intrinsics)
+        shown = (z > 0.05) & (pixels > -0.5).all(-1) & (pixels < side - 0.5).all(-1)
+        order = np.argsort(-z[shown])  # far first: later writes cover earlier ones
+        u, v = pixels[shown][order].round().astype(int)[..., None, None].swapaxes(0, 1)
+        drawn[t, v + square[:, None], u + square] = rgb[:, t][seen][shown][order][:, None, None]
+    return drawn[:, radius:-radius, radius:-radius]
 
 
-def film(clip, rgb, height=128, each=2):
-    """All of a clip in motion, (T * each, ., ., 3) uint8: a row a view of the observed frame, the
-    others, their depth; beside them the fused cloud. rgb (V, F, ., ., 3): the colours, at any size."""
-    columns = [np.repeat(rgb[:, :1], rgb.shape[1] - 1, 1), rgb[:, 1:]]
-    columns += [depth_images(clip)] if "points" in clip else []
-    shown = []
-    for images in columns:
-        H, W = images.shape[2:4]
-        down, right = (np.arange(n) * H // height for n in (height, height * W // H))
-        shown.append(rearrange(images[:, :, down[:, None], right], "v t h w c -> t (v h) w c"))
-    shown = np.repeat(np.concatenate(shown, 2), each, 0)
-    return np.concatenate([shown, cloud_frames(clip, shown.shape[1], each)], 2) if "points" in clip else shown
+def write_film(path, clip, rgb=None):
+    """All of a clip in motion, a gif with a clock: a row a view of the observed frame, the others, their
+    depth; beside them the fused cloud; below, the truth's. With `rgb` (V, F, ., ., 3) for the colours,
+    such as track.py's with the hand drawn in, without the truth's."""
+    films = []
+    for prefix in ("", "true_")[:1 + (rgb is None and "true_rgb" in clip)]:
+        colours, *depth = pictures(clip, prefix).values()
+        colours = colours if rgb is None else rgb
+        columns = [colours[:, :1].repeat(colours.shape[1] - 1, 1), colours[:, 1:], *(z[:, 1:] for z in depth)]
+        for i, images in enumerate(columns):
+            size = 128, 128 * images.shape[3] // images.shape[2]
+            images = data.resize(np.moveaxis(images, -1, 0), size, "label")  # the nearest pixel
+            columns[i] = rearrange(images, "c v t h w -> t (v h) w c")
+        cloud = [cloud_frames(clip, prefix, columns[0].shape[1]) for _ in depth]
+        films.append(np.concatenate(columns + cloud, 2))
+    seconds = np.arange(1, 1 + len(films[0])) / clip["fps"]
+    data.write_gif(path, np.concatenate(films, 1), clip["fps"], seconds)
 
 
-def write_film(path, clip, rgb=None, each=2):
-    """The film as a gif with a clock, the truth's below it. With `rgb`, such as track.py's colours with
-    the hand drawn in, without the truth's."""
-    keys = [key for key in ("rgb", "points", "valid") if key in clip]
-    clips = [clip]
-    if rgb is None and all("true_" + key in clip for key in keys):
-        clips.append(clip | {key: clip["true_" + key] for key in keys})
-    with_observed = lambda clip: np.concatenate([clip["observed_rgb"][:, None], clip["rgb"]], 1)
-    frames = np.concatenate([film(c, with_observed(c) if rgb is None else rgb, each=each) for c in clips], 1)
-    times = (np.arange(len(frames)) // each + 1) / clip["fps"]
-    data.write_gif(path, frames, each * clip["fps"], times)
-
-
-def write_ply(path, points, colors):
-    """A coloured cloud, points (N, 3) m and colors (N, 3) uint8, as a binary PLY."""
-    vertex = np.zeros(len(points), dtype=[("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    vertex["xyz"], vertex["rgb"] = points, colors
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}",
-              *(f"property float {axis}" for axis in "xyz"),
-              *(f"property uchar {color}" for color in ("red", "green", "blue")), "end_header\n"]
-    with data.writing(path) as partial:
-        partial.write_bytes("\n".join(header).encode() + vertex.tobytes())
-
-
-def write_results(folder, clip, title="", ply=False):
-    """prediction.npz, its pictures and, if asked for, the fused cloud of every frame."""
-    folder = Path(folder)
-    data.write_npz(folder / "prediction.npz", clip)
-    contact_sheet(folder / "sheet.png", clip, title)
-    write_film(folder / "scene.gif", clip)
-    for t in range(clip["rgb"].shape[1] if ply and "points" in clip else 0):
-        seen = clip["valid"][:, t]
-        write_ply(folder / f"frame_{t + 1:02d}.ply", clip["points"][:, t][seen], clip["rgb"][:, t][seen])
-
-
-# --------------------------------------------------------------------------------------- loading
+# ------------------------------------ loading
 
 def read_info(folder):
     hint = f"train first, `python train.py --task N --out {folder}`"
@@ -375,7 +304,7 @@ def load_svd(folder_or_repo, device="cpu", dtype=torch.float32):
     net = Model4D.from_pretrained(PRESETS["svd"], folder_or_repo, dtype, device, rgb_only=True)
     vaes = {"rgb": VAE.from_pretrained(folder_or_repo, dtype=dtype, device=device)}
     clip = CLIPImageEncoder.from_pretrained(folder_or_repo, dtype=dtype, device=device)
-    return as_run(net, vaes, clip, dict(task=None), Path("runs/svd"), NOISE_AUGMENTATION)
+    return as_run(net, vaes, clip, {}, Path("runs/svd"))
 
 
 def fastest(large):
@@ -384,10 +313,10 @@ def fastest(large):
     return device, torch.bfloat16 if large and device == "cuda" else torch.float32
 
 
-def as_run(net, vaes, clip, info, folder, augmentation=0.0):
+def as_run(net, vaes, clip, info, folder):
     like = next(net.parameters())
     return SimpleNamespace(model=net.eval(), vaes=vaes, clip=clip, info=info, folder=folder, device=like.device,
-                           dtype=like.dtype, autocast=nullcontext, augmentation=augmentation)
+                           dtype=like.dtype, autocast=nullcontext)
 
 
 def read_picture(path, kind, size=None):
@@ -407,41 +336,31 @@ def read_picture(path, kind, size=None):
 
 def read_views(size, rgb, depth=None, intrinsics=None, mask=None, pose=None, opening=None):
     """The user's own pictures as a clip of pictures of `size` (H, W), in the forms that the flags' help
-    texts say. Without depth, for SVD itself, nothing is measured, through a 60 degree lens."""
+    texts say. Without depth, for SVD itself, nothing is measured."""
     for flag, files in (("depth", depth), ("mask", mask)):
         if files and len(files) != len(rgb):
             raise ValueError(f"--rgb names {len(rgb)} pictures, --{flag} {len(files)}: one a view is needed")
     colours = [read_picture(path, "rgb") for path in rgb]
     sizes = [picture.shape[:2] for picture in colours]
-    fit = lambda pictures, kind: np.stack([data.resize(x[None], size, kind)[0] for x in pictures])
+    read = lambda paths, kind: [read_picture(path, kind, own) for path, own in zip(paths, sizes)]
+    fit = lambda pictures, kind: np.stack([data.resize(picture, size, kind) for picture in pictures])
     clip = dict(fps=float(data.CLIP_HZ), name=Path(rgb[0]).stem, observed_rgb=fit(colours, "rgb"))
     if not depth:
-        f = size[1] / 2 / np.tan(np.pi / 6)
-        lens = np.array([[f, 0, (size[1] - 1) / 2], [0, f, (size[0] - 1) / 2], [0, 0, 1]])
-        return dict(clip, intrinsics=np.stack([lens] * len(rgb)),
-                    observed_depth=np.zeros((len(rgb), *size), np.float32))
-    cameras = read_key(intrinsics, "intrinsics")
-    if cameras.shape != (len(rgb), 3, 3):
-        raise ValueError(f"{intrinsics}: `intrinsics` has shape {cameras.shape}, expected ({len(rgb)}, 3, 3)")
-    clip["intrinsics"] = np.stack([data.scale_intrinsics(*one, size) for one in zip(cameras, sizes)])
-    clip["observed_depth"] = fit(map(read_picture, depth, ["depth"] * len(rgb), sizes), "depth")
+        return dict(clip, observed_depth=np.zeros((len(rgb), *size), np.float32),
+                    intrinsics=np.tile(np.eye(3), (len(rgb), 1, 1)))
+    cameras = data.read_recorded(intrinsics, "intrinsics", (len(rgb), 3, 3))
+    clip["intrinsics"] = np.stack([data.scale_intrinsics(*camera, size) for camera in zip(cameras, sizes)])
+    clip["observed_depth"] = fit(read(depth, "depth"), "depth")
     if mask:
-        clip["observed_gripper"] = fit(map(read_picture, mask, ["mask"] * len(rgb), sizes), "label")
+        clip["observed_gripper"] = fit(read(mask, "mask"), "label")
     if pose:
-        clip["observed_gripper_in_ref"] = read_key(pose, "observed_gripper_in_ref")
+        clip["observed_gripper_in_ref"] = data.read_recorded(pose, "observed_gripper_in_ref", (None, 4, 4))
     if opening:
         clip["observed_opening"] = np.array(opening)
     return data.check_clip(clip)
 
 
-def read_key(path, key):
-    arrays = data.read_npz(path)
-    if key not in arrays:
-        raise ValueError(f"{path} has no array `{key}`, only {', '.join(arrays) or 'none'}")
-    return arrays[key]
-
-
-# ------------------------------------------------------------------ the authors' released weights
+# ------------------------------------ the authors' released weights
 # The files of the hub repo Zeyi/4dgen-ckpts, in the layout of sgm, the code that SVD was trained with.
 # What these weights want otherwise than ours stands in the preset and in the VAEs' configs: GroupNorm
 # eps, which view's CLIP token a stream sees, no norm before the cross-view attention, an encoder for
@@ -461,15 +380,14 @@ OF_VAE = {".mid.": ".mid_block.", ".block_1.": ".resnets.0.", ".block_2.": ".res
           ".downsample.": ".downsamplers.0.", ".upsample.": ".upsamplers.0.", ".norm_out.": ".conv_norm_out.",
           ".conv_out.time_mix_conv.": ".time_conv_out.", ".mix_factor": ".time_mixer.mix_factor",
           ".nin_shortcut.": ".conv_shortcut."} | RESIDUAL
-PLACES = {  # what a key begins with: the module it goes to and how its name begins there, or why to none
-    "model.diffusion_model.": ("model", ""), "encoder.": ("vae", "encoder."), "decoder.": ("vae", "decoder."),
-    "conditioner.embedders.0.": "CLIP, frozen in training: SVD's image_encoder stands for it",
-    "loss.": "belongs to the VAE's training"}
+PLACES = {  # what a key begins with: the module it goes to, and how its name begins there
+    "model.diffusion_model.": ("model", ""), "encoder.": ("vae", "encoder."), "decoder.": ("vae", "decoder.")}
+UNUSED = ["conditioner.embedders.0.", "loss."]  # CLIP, frozen in training: SVD's stands for it; of the VAE's training
 for seen, target, kind in (("conditioner.embedders.1.encoder.", "first_stage_pointmap_model.", "pointmap"),
                            ("conditioner.embedders.2.encoder.", "first_stage_color_model.", "rgb")):
     PLACES |= {seen + "encoder.": (kind, "encoder."), seen + "quant_conv.": (kind, "quant_conv."),
-               target + "encoder.": (kind, "target_encoder."), target + "decoder.": (kind, "decoder."),
-               **dict.fromkeys((seen + "decoder.", seen + "post_quant_conv."), "conditions are only encoded")}
+               target + "encoder.": (kind, "target_encoder."), target + "decoder.": (kind, "decoder.")}
+    UNUSED += [seen + "decoder.", seen + "post_quant_conv."]  # conditions are only encoded
 
 
 def renamed(name, names):
@@ -480,8 +398,8 @@ def renamed(name, names):
 
 def video_residual(name):
     """sgm's video residual block is a spatial one that has the temporal one inside."""
-    name = re.sub(r"(resnets\.\d\.)time_stack\.", r"\1temporal_res_block.", name)
-    return re.sub(r"(resnets\.\d\.)(?!temporal_res_block|time_mixer)", r"\1spatial_res_block.", name)
+    return re.sub(r"(resnets\.\d\.)(time_stack\.|(?!time_mixer))",
+                  lambda match: f"{match[1]}{'temporal' if match[2] else 'spatial'}_res_block.", name)
 
 
 def unet_name(name, layers):
@@ -507,29 +425,20 @@ def vae_name(name, levels):
 
 def released_parts(state, preset):
     """Sorts a released state dict by our modules: {"model", "rgb", "pointmap": {our key: tensor}}, or for
-    pointmap.ckpt and color.ckpt {"vae": ...}; and says what is not needed, {key: reason}."""
-    parts, unused, strange = {}, {}, []
-    layers, levels = preset.unet["layers_per_block"], len(preset.vae["block_out_channels"])
+    pointmap.ckpt and color.ckpt {"vae": ...}."""
+    parts, layers, levels = {}, preset.unet["layers_per_block"], len(preset.vae["block_out_channels"])
     for key, x in state.items():
         first = key.replace("model.diffusion_model_2.", "model.diffusion_model.")
         if first != key:  # a shallow copy there: one storage under two names
             if first not in state or x.data_ptr() != state[first].data_ptr() and not torch.equal(x, state[first]):
-                raise ValueError(f"{key} differs from {first}: the released models have one decoder under two "
-                                 "names, this is another kind")
-            continue
-        prefix = next((prefix for prefix in PLACES if key.startswith(prefix)), None)
-        if prefix is None:
-            strange.append(key)
-        elif isinstance(PLACES[prefix], str):
-            unused[key] = PLACES[prefix]
-        else:
-            part, place = PLACES[prefix]
-            name = place + key.removeprefix(prefix)
-            name = unet_name(name, layers) if part == "model" else vae_name(name, levels)
+                raise ValueError(f"{key} differs from {first}: a released model has one decoder under two names")
+        elif not key.startswith(tuple(UNUSED)):
+            if not (prefix := next(filter(key.startswith, PLACES), "")):
+                raise ValueError(f"{key} fits no part of the model")
+            (part, place), name = PLACES[prefix], key.removeprefix(prefix)
+            name = unet_name(name, layers) if part == "model" else vae_name(place + name, levels)
             one_by_one = "attentions" in name and x.ndim == 4  # a convolution there, linear here
             parts.setdefault(part, {})[name] = x.flatten(1) if one_by_one else x
-    if strange:
-        raise ValueError(f"{len(strange)} keys fit no part of the model: {', '.join(strange[:5])}")
     if ours := parts.get("model"):
         ours |= {re.sub("^unet", "decoder_b", name): x for name, x in ours.items()
                  if name.startswith(("unet.up_blocks", "unet.conv_norm_out", "unet.conv_out"))}
@@ -540,7 +449,7 @@ def released_parts(state, preset):
     if ours := parts.get("vae"):  # alone it has no quant_conv
         C = 2 * preset.vae["latent_channels"]
         ours |= {"quant_conv.weight": torch.eye(C)[:, :, None, None], "quant_conv.bias": torch.zeros(C)}
-    return parts, unused
+    return parts
 
 
 def convert_released(path, out, preset=PRESETS["svd"], init=SVD_REPO):
@@ -553,10 +462,10 @@ def convert_released(path, out, preset=PRESETS["svd"], init=SVD_REPO):
         state = file.get("state_dict", file) if isinstance(file, dict) else {}
         if not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
             raise ValueError("has no state_dict of tensors")
-        (parts, unused), modules = released_parts(state, preset), {}
-        for part, tensors in parts.items():
+        modules = {}
+        for part, tensors in released_parts(state, preset).items():
             with torch.device("meta"):
-                coder = {**preset.vae, "target_encoder": part != "vae"}
+                coder = preset.vae | dict(target_encoder=part != "vae")
                 modules[part] = Model4D(preset) if part == "model" else VAE(coder)
             modules[part].load_state_dict(tensors, strict=True, assign=True)
     except pickle.UnpicklingError:
@@ -572,18 +481,18 @@ def convert_released(path, out, preset=PRESETS["svd"], init=SVD_REPO):
         else:
             kind = part if part != "vae" else "pointmap" if "pointmap" in path.name else "rgb"
             save_vae(out / f"vae_{kind}.safetensors", module, dict(kind=kind, source=path.name))
-    for why in dict.fromkeys(unused.values()):
-        print(f"{list(unused.values()).count(why)} keys not used: {why}")
 
 
-# --------------------------------------------------------------------------------------- script
+# ------------------------------------ script
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="example: python sample.py "
-                                     "--run runs/task_1 --clip 3 --out out; then track.py on out/prediction.npz")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", type=int, choices=data.TASKS, help="take a held-out clip of this task [that of --run]")
-    add("--run", help="folder that train.py wrote [runs/task_N]")
+    source = parser.add_mutually_exclusive_group().add_argument
+    source("--run", help="folder that train.py wrote [runs/task_N]")
+    source("--svd", metavar="FOLDER_OR_REPO", help="Stable Video Diffusion itself, RGB only")
+    source("--released", metavar="CKPT", help="turn the authors' checkpoint into a run folder --out")
     add("--data", help="packed episodes to take the clip from [data/task_N]")
     add("--clip", type=int, default=0, help="which held-out clip, any number from 0 [0]")
     add("--views", type=int, default=2, help="cameras of the clip, the first is the reference [2]")
@@ -594,29 +503,22 @@ def parse(argv=None):
     add("--pose", metavar="NPZ", help="`observed_gripper_in_ref` (A, 4, 4), the hand in the first camera's frame, "
         "metres, OpenCV axes; for track.py")
     add("--opening", nargs="+", type=float, metavar="M", help="metres between the fingers, one an arm; for track.py")
-    add("--svd", metavar="FOLDER_OR_REPO", help="Stable Video Diffusion itself, on --rgb")
-    add("--released", metavar="CKPT", help="turn the authors' checkpoint into a run folder --out")
     add("--frames", type=int, default=data.FRAMES, help=f"to predict, {data.CLIP_HZ} a second [{data.FRAMES}]")
     add("--steps", type=int, help="of the solver [8 of svd, 1 of the small presets]")
     add("--guidance", type=float, help="of the last frame, 1 at the first; 1 is one pass a step [1; with --svd 3]")
     add("--seed", type=int, default=0, help="of the starting noise [0]")
-    add("--ply", action="store_true", help="also write the cloud of every frame, for other programs")
     add("--out", help="folder for the results [RUN/samples/NAME]")
     args = parser.parse_args(argv)
     for flag, least in dict(steps=1, frames=1, views=1, clip=0, guidance=0).items():
-        if getattr(args, flag) is not None and not getattr(args, flag) >= least:         # NaN too
+        if getattr(args, flag) is not None and not getattr(args, flag) >= least:  # NaN too
             raise ValueError(f"--{flag} must be at least {least}, not {getattr(args, flag)}")
-    own = bool(args.rgb) and not args.svd
+    own = args.rgb and not args.svd
     for wrong, says in (
-            (not (args.task or args.run or args.svd or args.released), "say --task N, --run FOLDER or --svd REPO"),
-            (args.released and not args.out, "--released needs --out, the run folder that it becomes"),
-            (args.svd and (not args.rgb or args.depth or args.run), "--svd animates pictures, without depth and "
-             "without a run: --svd FOLDER_OR_REPO --rgb A.png"),
-            (own and not (args.depth and args.intrinsics), "--rgb needs --depth and --intrinsics too: the "
-             "pointmaps of the observed frame come from them"),
-            (own and len(args.rgb) < 2, "two views or more are needed: --rgb REFERENCE.png OTHER.png"),
+            (not (args.task or args.run or args.released or args.svd and args.rgb),
+             "say --task N, --run FOLDER, or --svd FOLDER_OR_REPO --rgb A.png"),
+            (own and not (args.depth and args.intrinsics), "--rgb needs --depth and --intrinsics too"),
             (not own and (args.depth or args.intrinsics or args.mask or args.pose or args.opening),
-             "--depth, --intrinsics, --mask, --pose and --opening belong to your own pictures: add --rgb"),
+             "--depth, --intrinsics, --mask, --pose, --opening go with your own pictures: add --rgb, without --svd"),
             (args.pose and not args.opening, "--pose needs --opening too, the metres between the fingers")):
         if wrong:
             raise ValueError(says)
@@ -626,33 +528,25 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     if args.released:
-        convert_released(args.released, args.out)
-        return print(f"next, when {args.out}/ has model.json and both VAEs: python sample.py --run {args.out}")
+        out = args.out or f"runs/{Path(args.released).stem}"
+        convert_released(args.released, out)
+        return print(f"next, when {out}/ has model.json and both VAEs: python sample.py --task N --run {out}")
     folder = Path(args.run or f"runs/task_{args.task}")
-    if args.svd:
-        run = load_svd(args.svd, *fastest(True))
-    else:
-        run = load_run(folder, *fastest(read_info(folder)["preset"]["clip"]))
+    run = (load_svd(args.svd, *fastest(True)) if args.svd
+           else load_run(folder, *fastest(read_info(folder)["preset"]["clip"])))
     size = run.model.preset.height, run.model.preset.width
     if args.rgb:
         clip = read_views(size, args.rgb, args.depth, args.intrinsics, args.mask, args.pose, args.opening)
     else:
-        task = args.task or run.info.get("task")
-        if not (args.data or task):
-            raise ValueError(f"{folder} does not say which task it is of: add --task N or --data FOLDER")
-        clips = data.Clips(args.data or f"data/task_{task}", "test", size, args.views, args.frames)
-        clip = clips.clip(args.clip)
+        episodes = args.data or f"data/task_{args.task or run.info.get('task', 'N')}"
+        clip = data.Clips(episodes, "test", size, args.views, args.frames).clip(args.clip)
     guidance = args.guidance if args.guidance is not None else 3.0 if args.svd else 1.0
-    began = time.time()
     clip = predict(run, clip, args.frames, args.steps, guidance, args.seed, progress=True)
-    print(f"{len(clip['rgb'])} views x {args.frames} frames in {time.time() - began:.1f} s on {run.device}")
-    if "view_in_ref" in clip and "true_view_in_ref" in clip:
-        off = data.pose_errors(clip["view_in_ref"], clip["true_view_in_ref"])
-        for v, (metres, degrees) in list(enumerate(zip(*off), 1))[1:]:
-            print(f"view {v}: the recovered camera pose is off by {100 * metres:.1f} cm and {degrees:.1f} degrees")
     name = re.sub(r"\W", "_", clip["name"] if args.rgb else f"test_{args.clip}")
     out = Path(args.out or run.folder / "samples" / name)
-    write_results(out, clip, f"{clip['name']}, seed {args.seed}", args.ply)
+    data.write_npz(out / "prediction.npz", clip)
+    contact_sheet(out / "sheet.png", clip, f"{clip['name']}, seed {args.seed}")
+    write_film(out / "scene.gif", clip)
     print(f"results: {out}/ (prediction.npz, sheet.png, scene.gif)")
 
 

@@ -1,23 +1,20 @@
 """The gripper's path out of a 4D video: render the hand, fit it by ICP, and say "lost" when it does not fit.
 
-    python track.py --prediction runs/task_1/samples/NAME/prediction.npz   # trajectory.npz, overlay.gif, path.png
+    python track.py --prediction runs/task_1/samples/NAME/prediction.npz   # trajectory.npz, overlay.gif
     python track.py --prediction P.npz --init mask                         # first pose from the observed masks
     python track.py --prediction P.npz --hand hand.obj --finger finger.obj # CAD meshes, not the built-in hand
     python track.py --prediction P.npz --object box.obj                    # another rigid thing, from its masks
     python track.py --episode data/task_1/NAME --cameras 13 14             # true pointmaps, and how far off
 
-Letters   K hypotheses, N model points, M scene points, V views, F = 1 observed + T predicted frames, A arms, H W
-          pixels, L look-ups, each of one hypothesis' point in one view
-Frames    ref: the reference camera (view 0); view: a view's own camera; gripper: Franka's hand frame (z out of the
-          palm, fingers slide along y). `a_in_b` takes a-coordinates to b-coordinates.
+Letters   K hypotheses, N model points, M scene points, L look-ups (a hypothesis' point in a view), V views, F = 1
+          observed + T predicted frames, A arms
+Frames    ref: the reference camera (view 0); gripper: Franka's hand frame (z out of the palm, fingers slide along y)
 Units     metres, seconds, pixels, degrees where said so; evidence is counted in model points
 
 References: Besl and McKay 1992 (ICP); Chen and Medioni 1991 (point-to-plane); Tukey's biweight; Viterbi 1967;
 FoundationPose, arXiv 2312.08344, which the paper uses here and which gives no word when it is lost.
 """
 import argparse
-import sys
-from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,8 +32,7 @@ STROKE = 0.08                          # m, the hand's widest opening
 WIDTHS = np.linspace(0, STROKE, 33)    # m, the openings that are tried
 HALF_TURN = np.diag([-1.0, -1, 1, 1])  # about the approach axis: the hand onto itself, fingers swapped
 
-# Tuned on recorded episodes, draws 0, 1 and 2 of tests/bench_track.py; WELL and MIN_FIT on synthetic clips at 64 x 80,
-# true and as tests/data/trained generates them
+# Tuned on recorded episodes; WELL and MIN_FIT also on synthetic ones at 64 x 80, and as tests/data/trained makes them
 AGREE = 0.012                          # m along the ray: model and measurement are one surface; a finger's, half
 NOISY = 0.001                          # m: depth that fluctuates more is a generator's, and is mended
 SIGMAS = 3                             # of that fluctuation, or of NOISY: what changed by less is scenery
@@ -46,14 +42,15 @@ SAMPLE = 4000                          # scene points, at most, that a fit uses
 VOXEL, SEARCHED = 0.03, 60             # m and model points, of the search: as fine as ICP needs it
 REACH, TURN = 0.3, 45                  # m and degrees a hand goes in half a second; twice as many seldom
 HYPOTHESES = 32                        # places that the search hands to ICP, half of them without a turn
-ROUNDS = 0.06, 0.03, 0.015             # m, how far a correspondence reaches in each round of ICP
+ROUNDS = (0.06, 19), (0.03, 12), (0.015, 3)  # m that a correspondence reaches in each round of ICP, and places left
+FINE = ROUNDS[-1][0]
 SLIP = 0.1                             # resistance to sliding along the planes of a fit; a third in the last one
 THROUGH = 5                            # points that one weighs which a camera looks through: occlusion is common
 TRAVEL = 0.15, 30, 10                  # so many m or degrees from where a hand is expected cost so many points
 MIN_AGREE, MIN_SHARE = 30, 0.75        # of a believed pose: points that agree, and their share of those in view
-MIN_SCORE, MIN_SCORE_ANEW = 0.55, 0.7  # its score a point in view; the same after a loss
+MIN_SCORE = 0.55, 0.7                  # its score a point in view; the same after a loss
 MIN_FIT = 0.33                         # its score a point in view times how near measured points are; more in noise
-WELL = (0.85, 0.75), (0.78, 0)         # score a point in view, share in view: needs no search; no search of far turns
+WELL = 0.8, 0.3                        # score a point in view, share in view: needs no search
 CHANGE = 3, 7                          # points that moving fingers cost while the hand rests, and while it moves
 EVENT = 0.007                          # m, the fingers' way beyond which they have closed or opened
 
@@ -62,10 +59,10 @@ EVENT = 0.007                          # m, the fingers' way beyond which they h
 
 def sample_surface(vertices, faces, count):
     """`count` points (count,3) spread evenly over a mesh, and their outward normals (corners counter-clockwise)."""
-    corners = vertices[faces]                                                               # (M,3,3)
+    corners = vertices[faces]                                # (M,3,3)
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     area, draw = np.linalg.norm(normals, axis=1), np.random.default_rng(0)
-    share = (np.arange(count) + draw.random(count)) / count     # one draw in each of `count` equal shares of the area
+    share = (np.arange(count) + draw.random(count)) / count  # one draw in each of `count` equal shares of the area
     face = np.searchsorted(np.cumsum(area) / area.sum(), share).clip(max=len(faces) - 1)
     points = (draw.dirichlet((1, 1, 1), count)[..., None] * corners[face]).sum(1)
     return points, normals[face] / area[face, None]
@@ -79,22 +76,19 @@ def make_model(bodies, counts):
     m, of the farthest point; spacing, m, between points.
     """
     points, normals = map(np.concatenate, zip(*(sample_surface(v, f, n) for (v, f, _), n in zip(bodies, counts))))
-    vertices, faces, slides = zip(*bodies)
-    sizes = [len(v) for v in vertices]
-    starts = np.cumsum([0, *sizes])
-    order = np.random.default_rng(0).permutation(len(points))     # so that the first n are a sample of them all
-    return SimpleNamespace(
-        points=points[order], normals=normals[order], slide=np.repeat(slides, counts)[order],
-        mount=np.zeros(len(order), bool),
-        vertices=np.concatenate(vertices), faces=np.concatenate([f + start for f, start in zip(faces, starts)]),
-        vertex_slide=np.repeat(slides, sizes), reach=np.linalg.norm(points, axis=1).max() + max(slides) * STROKE,
-        spacing=2 * cKDTree(points).query(points, 2)[0][:, 1].mean())
+    vertices, faces = data.merge(*((v, f) for v, f, _ in bodies))
+    slides = [slide for _, _, slide in bodies]
+    return SimpleNamespace(points=points, normals=normals, slide=np.repeat(slides, counts),
+                           mount=np.zeros(len(points), bool), vertices=vertices, faces=faces,
+                           vertex_slide=np.repeat(slides, [len(v) for v, _, _ in bodies]),
+                           reach=np.linalg.norm(points, axis=1).max() + max(slides) * STROKE,
+                           spacing=2 * cKDTree(points).query(points, 2)[0][:, 1].mean())
 
 
 def hand_model(hand=None, finger=None):
     """The gripper; from two mesh files (metres, hand frame; the left finger at opening 0), or the built-in one."""
     if (hand is None) != (finger is None):
-        raise ValueError("--hand and --finger belong together: give both mesh files, or neither")
+        raise ValueError("--hand and --finger: give both mesh files, or neither")
     parts = {"hand": load_mesh(hand), "finger": load_mesh(finger)} if hand else gripper_mesh()
     (palm, palm_faces), (left, left_faces) = parts["hand"], parts["finger"]
     right = left @ HALF_TURN[:3, :3]
@@ -103,14 +97,14 @@ def hand_model(hand=None, finger=None):
 
 def part(model, keep):
     """The model with only those points that `keep` chooses."""
-    return SimpleNamespace(**vars(model) | {key: getattr(model, key)[keep]
+    return SimpleNamespace(**vars(model) | {key: vars(model)[key][keep]
                                             for key in ("points", "normals", "slide", "mount")})
 
 
-def at_opening(model, opening, count=None):
-    """The first `count` model points (K,N,3) in the gripper frame at each opening (K,)."""
-    points = np.repeat(model.points[None, :count], len(opening), 0)
-    points[..., 1] += np.asarray(opening)[:, None] * model.slide[:count]
+def at_opening(model, opening, step=1):
+    """Every step-th model point (K,N,3), in the gripper frame, at each opening (K,)."""
+    points = np.repeat(model.points[None, ::step], len(opening), 0)
+    points[..., 1] += np.asarray(opening)[:, None] * model.slide[::step]
     return points
 
 
@@ -120,82 +114,67 @@ def add_mount(model, scene, pose, opening):
     cloud = nearby(scene, pose[:3, 3], FLANGE)
     if cloud is None or not model.slide.any():
         return model
-    points, normals = transform(cloud.points, invert(pose)), cloud.normals @ pose[:3, :3]   # in gripper
+    points = transform(cloud.data, invert(pose))  # in gripper
     away = cKDTree(at_opening(model, [opening])[0]).query(points)[0]
     close = np.flatnonzero((np.linalg.norm(points, axis=1) < FLANGE) & (points[:, 2] < 0) & (away > AGREE))
     cells = np.floor(points[close] / model.spacing).astype(int)
     one = close[np.unique(cells, axis=0, return_index=True)[1]]   # of each cell, as even as the mesh's
-    grown = SimpleNamespace(**vars(model) | dict(
-        points=np.concatenate([model.points, points[one]]), normals=np.concatenate([model.normals, normals[one]]),
+    around, points = points[cloud.query(cloud.data[one], 9)[1]], points[one]
+    normals = np.linalg.svd(around - around.mean(1, keepdims=True))[2][:, 2]             # where they vary least
+    normals *= np.sign((normals * (points + (0, 0, FLANGE / 2))).sum(1, keepdims=True))  # outwards
+    return SimpleNamespace(**vars(model) | dict(
+        points=np.concatenate([model.points, points]), normals=np.concatenate([model.normals, normals]),
         slide=np.append(model.slide, np.zeros(len(one))), mount=np.append(model.mount, np.ones(len(one), bool))))
-    return part(grown, np.random.default_rng(0).permutation(len(grown.points)))
 
 
 # ------------------------------------------------------------------------------------------------------------- ICP
-
-def rigid(rotation, translation):
-    """(K,3,3) and (K,3) -> (K,4,4)."""
-    T = np.tile(np.eye(4), (len(rotation), 1, 1))
-    T[:, :3, :3], T[:, :3, 3] = rotation, translation
-    return T
-
 
 def gauss_newton(source, target, normal, weight, centre, slip):
     """One step (K,4,4) of min sum w (n.e)^2 with e = target - (source moved), all (K,N,3): a turn about `centre` (K,3),
     then a shift. slip: damping (Levenberg) as a share of the points' inertia and mass, for planes alone let slide."""
     arm = source - centre[:, None]
-    J = np.concatenate([np.cross(arm, normal), normal], -1)                                 # (K,N,6)
+    J = np.concatenate([np.cross(arm, normal), normal], -1)           # (K,N,6)
     Jw, r = (J * weight[..., None]).mT, ((target - source) * normal).sum(-1)
     inertia, mass = np.einsum("kn,kni,kni->k", weight, arm, arm), weight.sum(1)
-    damping = slip * np.stack([inertia] * 3 + [mass] * 3, -1) + 1e-9                        # (K,6)
+    damping = slip * np.stack([inertia] * 3 + [mass] * 3, -1) + 1e-9  # (K,6)
     x = np.linalg.solve(Jw @ J + damping[:, None] * np.eye(6), Jw @ r[..., None])[..., 0]
     turn = Rotation.from_rotvec(x[:, :3]).as_matrix()
-    return rigid(turn, centre + x[:, 3:] - (turn @ centre[..., None])[..., 0])
+    return data.pose(centre + x[:, 3:] - (turn @ centre[..., None])[..., 0], turn)
 
 
 def icp(source, target, target_normals=None, init=None, max_correspondence_distance=0.02, max_iteration=30, *,
-        source_normals=None, weight=None, kernel="tukey", slip=0.0, tolerance=1e-6, tree=None, rate=True):
-    """Iterative closest point from one or many starting poses at once.
+        source_normals=None, weight=None, slip=0.0, tree=None):
+    """Iterative closest point from one or many starting poses at once, with Tukey's weights.
 
     source (N,3), or (K,N,3) one set a start; target (M,3); init (4,4) or (K,4,4) [identity]. Planes are those of
-    source_normals if given (a rendered model's have no noise), else of target_normals; with both, only pairs that face
-    the same side count; with neither it is point-to-point. weight (N,) or (K,N); kernel "tukey", 0 at
-    max_correspondence_distance, or "none"; tree: target's cKDTree. Ends when no start moves by more than `tolerance`.
-    rate=False saves the last look-up, and leaves fitness and rmse those before the last step.
-    Returns transformation (4,4), source to target; fitness, inliers / points in the source; inlier_rmse, m; of K starts
-    each with a leading K.
+    source_normals if given (a rendered model's have no noise), else of target_normals; with neither it is
+    point-to-point. weight (N,) or (K,N); tree: target's cKDTree. Returns transformation (4,4), source to target; and
+    before its last step fitness, inliers / points in the source, and inlier_rmse, m; of K starts all with a leading K.
     """
     source, target = np.asarray(source, float), np.asarray(target, float)
-    if source.shape[-1:] != (3,) or target.shape[-1:] != (3,) or not source.size or not target.size:
-        raise ValueError(f"icp: source {source.shape} and target {target.shape} must be (N,3) and (M,3), neither empty")
-    one = init is None or np.ndim(init) == 2
     T = np.array(np.eye(4) if init is None else init, float).reshape(-1, 4, 4)
-    weight = np.broadcast_to(1.0 if weight is None else weight, (len(T), source.shape[-2]))
+    source = np.broadcast_to(source, (len(T), *source.shape[-2:]))
+    weight = np.broadcast_to(1.0 if weight is None else weight, source.shape[:2])
     used, tree = weight > 0, tree or cKDTree(target, balanced_tree=False)
     distance, index = np.full(weight.shape, np.inf), np.zeros(weight.shape, int)
-    for iteration in range(max_iteration + 1):
-        if iteration == max_iteration and not rate:
-            break
-        moved = source @ T[:, :3, :3].mT + T[:, None, :3, 3]                                # (K,N,3)
+    for _ in range(max_iteration):
+        moved = source @ T[:, :3, :3].mT + T[:, None, :3, 3]  # (K,N,3)
         distance[used], index[used] = tree.query(moved[used], distance_upper_bound=max_correspondence_distance)
         inlier = distance < max_correspondence_distance
-        if iteration == max_iteration:
-            break
         partner, near = np.where(inlier, index, 0), (distance / max_correspondence_distance).clip(max=1)
-        w = weight * ((1 - near**2)**2 if kernel == "tukey" else inlier)
-        normal = theirs = None if target_normals is None else target_normals[partner]
-        if source_normals is not None:
-            normal = source_normals @ T[:, :3, :3].mT
-            w = w if theirs is None else w * ((normal * theirs).sum(-1) > 0)
-        step = rigid_fit(moved, target[partner], np.maximum(w, 1e-12)) if normal is None else \
-            gauss_newton(moved, target[partner], normal, w, T[:, :3, 3], slip)
+        w, pair = weight * (1 - near**2)**2, (moved, target[partner])
+        if source_normals is None and target_normals is None:
+            step = rigid_fit(*pair, np.maximum(w, 1e-12))
+        else:
+            normal = target_normals[partner] if source_normals is None else source_normals @ T[:, :3, :3].mT
+            step = gauss_newton(*pair, normal, w, T[:, :3, 3], slip)
         step[w.sum(1) <= 0] = np.eye(4)
-        T = step @ T                                      # R' = dR R; the origin moves by dt
-        if np.abs(step - np.eye(4)).max() < tolerance:
+        T = step @ T  # R' = dR R; the origin moves by dt
+        if np.abs(step - np.eye(4)).max() < 1e-9:
             break
     fitness = inlier.sum(1) / used.sum(1).clip(1)
     inlier_rmse = np.sqrt((np.where(inlier, distance, 0)**2).sum(1) / inlier.sum(1).clip(1))
-    return (T[0], float(fitness[0]), float(inlier_rmse[0])) if one else (T, fitness, inlier_rmse)
+    return (T, fitness, inlier_rmse) if np.ndim(init) == 3 else (T[0], float(fitness[0]), float(inlier_rmse[0]))
 
 
 # ---------------------------------------------------------------------------------------------- one frame of the video
@@ -204,14 +183,14 @@ def make_scene(depth, intrinsics, view_in_ref, noise=0.0, still=False):
     """One frame: depth (V,H,W) m, 0 where nothing is measured; noise (V,) m of it; still (V,H,W), what is scenery.
 
     Returns a namespace of these and points (V,H,W,3) in ref; near (V,H,W) m, the least depth next to each pixel;
-    candidates: view, row, column (M,) of what is measured and no scenery.
+    candidates: view, row, column (M,) of what is measured and no scenery; views: those that measure anything.
     """
     noise, still = np.broadcast_to(noise, len(depth)), np.broadcast_to(still, depth.shape)
     near = [minimum_filter(np.where(d > 0, d, np.inf), 5 if sigma > NOISY else 3) for d, sigma in zip(depth, noise)]
     points = transform(unproject(depth, intrinsics.astype(np.float32)), view_in_ref.astype(np.float32))
     return SimpleNamespace(depth=depth, intrinsics=intrinsics, view_in_ref=view_in_ref, ref_in_view=invert(view_in_ref),
                            noise=noise, still=still, near=np.stack(near), points=points,
-                           candidates=np.nonzero((depth > 0) & ~still))
+                           candidates=np.nonzero((depth > 0) & ~still), views=np.flatnonzero(depth.any((1, 2))))
 
 
 def change_of(depth, observed):
@@ -224,7 +203,7 @@ def change_of(depth, observed):
     high = np.where(known, observed, maximum_filter(observed, 3))
     change = np.where((depth > 0) & (high > 0), np.maximum(0, np.maximum(low - depth, depth - high)), np.inf)
     quiet = change[change < DRIFT]
-    return change, 1.48 * np.median(quiet) if len(quiet) else 0.0     # of a normal distribution, its sigma
+    return change, 1.48 * np.median(quiet) if len(quiet) else 0.0  # of a normal distribution, its sigma
 
 
 def read_frame(points, valid, observed, here):
@@ -243,15 +222,15 @@ def read_frame(points, valid, observed, here):
             quiet = quiet[::-(-len(quiet) // SAMPLE)]
             source, target = (x[v].reshape(-1, 3)[quiet].astype(float) for x in (points, observed.points))
             drift = np.eye(4)
-            for _ in range(5):                            # Tukey's weights, which end at four medians
+            for _ in range(5):  # Tukey's weights, which end at four medians
                 off = np.linalg.norm(transform(source, drift) - target, axis=1)
                 drift = rigid_fit(source, target, (1 - (off / np.median(off) / 4).clip(max=1)**2)**2)
             z = transform(points[v], (ref_in_view @ drift).astype(np.float32))[..., 2]
-            if not valid[v].all():                        # holes take the nearest value, for the median's sake
+            if not valid[v].all():  # holes take the nearest value, for the median's sake
                 z = z[tuple(distance_transform_edt(~valid[v], return_distances=False, return_indices=True))]
             z = median_filter(z, 3) * valid[v]
             change, noise[v] = change_of(z, observed.depth[v])
-        if SIGMAS * noise[v] > DRIFT:                     # tells no pose from another
+        if SIGMAS * noise[v] > DRIFT:  # tells no pose from another
             z = 0 * z
         depth[v], tolerance = z.clip(0), SIGMAS * max(noise[v], NOISY)
         still[v] = (change < tolerance) & ~here[v]
@@ -274,7 +253,7 @@ def continues(depth, still, bare, tolerance):
 def look_up(scene, v, points):
     """Points (...,3) in ref -> their pixels y, x in view v (clipped into the image), z, and whether they are in it."""
     H, W = scene.depth.shape[1:]
-    seen = (scene.intrinsics[v] @ scene.ref_in_view[v, :3]).astype(np.float32)              # ref -> pixels times z
+    seen = (scene.intrinsics[v] @ scene.ref_in_view[v, :3]).astype(np.float32)  # ref -> pixels times z
     pixel = points.astype(np.float32) @ seen[:, :3].T + seen[:, 3]
     z = pixel[..., 2]
     x, y = (np.floor(pixel[..., i] / np.maximum(z, 1e-3) + 0.5) for i in (0, 1))
@@ -282,38 +261,19 @@ def look_up(scene, v, points):
     return y.clip(0, H - 1).astype(np.int32), x.clip(0, W - 1).astype(np.int32), z, inside
 
 
-def in_cube(points, centre, half):
-    """Which points (M,3) lie in the cube of that half width; axis by axis, which is many times faster."""
-    x, y, z = (np.abs(points[:, i] - float(centre[i])) < half for i in range(3))
-    return x & y & z
-
-
 def nearby(scene, centre, radius):
-    """At most SAMPLE candidates within `radius` of `centre`: points, normals (M,3), tree; None if they are < MIN_AGREE.
-
-    A normal is the cross product of two differences between neighbouring pixels, where those are measured.
-    """
-    v, y, x = scene.candidates
-    close = np.flatnonzero(in_cube(scene.points[v, y, x], centre, radius))
-    if len(close) < MIN_AGREE:
-        return None
-    v, y, x = (index[close[::-(-len(close) // SAMPLE)]] for index in (v, y, x))
-    (_, H, W), own = scene.depth.shape, scene.points[v, y, x].astype(float)
-
-    def beside(dy, dx, reach=max(1, W // 160)):           # pixels away
-        at = v, (y + reach * dy).clip(0, H - 1), (x + reach * dx).clip(0, W - 1)
-        return np.where(scene.depth[at][:, None] > 0, scene.points[at], own)
-
-    normals = np.cross(beside(0, 1) - beside(0, -1), beside(1, 0) - beside(-1, 0))
-    normals *= np.sign((normals * (scene.view_in_ref[v, :3, 3] - own)).sum(1, keepdims=True))   # towards the camera
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
-    return SimpleNamespace(points=own, normals=normals, tree=cKDTree(own))
+    """The cKDTree of at most SAMPLE points that are measured and no scenery, in the cube of half width `radius` around
+    `centre`; None if they are < MIN_AGREE."""
+    points = scene.points[scene.candidates]
+    for i in range(3):  # axis by axis, which is many times faster
+        points = points[np.abs(points[:, i] - float(centre[i])) < radius]
+    return cKDTree(points[::-(-len(points) // SAMPLE)]) if len(points) >= MIN_AGREE else None
 
 
-def compare(model, scene, poses, opening, count=None, slack=0.0, fingers=False):
+def compare(model, scene, poses, opening, step=1, slack=0.0, fingers=False):
     """Render K hypotheses into all views and hold them against the measured depth.
 
-    The mesh is drawn as its first `count` sample points through a z-buffer with cells as large as their spacing.
+    The mesh is drawn as every step-th sample point through a z-buffer with cells as large as their spacing.
     poses (K,4,4) gripper_in_ref, opening (K,); slack, m: for poses still rough; fingers: judge these, finely.
     Returns a namespace: points (K,N,3) in ref; visible (K,N), facing some camera with nothing of the hand before it;
     shown (K,N), of these what the scene does not hide; and, counted in points over all views, (K,) each: agree;
@@ -322,19 +282,20 @@ def compare(model, scene, poses, opening, count=None, slack=0.0, fingers=False):
     are in view and that are not measured. Nothing is said by what is not measured, by an outline, which when right is a
     pixel off as often as not, nor by the mount on scenery, for an arm that slides along itself looks the same.
     """
-    K, N, (_, H, W) = len(poses), len(model.points[:count]), scene.depth.shape
-    in_gripper = at_opening(model, opening, N)                                              # (K,N,3)
+    K, (_, H, W) = len(poses), scene.depth.shape
+    normals, slide, mount = (x[::step] for x in (model.normals, model.slide, model.mount))
+    in_gripper = at_opening(model, opening, step)  # (K,N,3)
     points = (in_gripper @ poses[:, :3, :3].mT + poses[:, None, :3, 3]).astype(np.float32)
-    outward = np.einsum("kni,ni->kn", in_gripper, model.normals[:N])
-    visible, shown, totals = np.zeros((K, N), bool), np.zeros((K, N), bool), np.zeros((5, K))
-    for v in np.flatnonzero(scene.depth.any((1, 2))):     # a dead camera sees nothing
+    outward = np.einsum("kni,ni->kn", in_gripper, normals)
+    visible, shown, totals = np.zeros(outward.shape, bool), np.zeros(outward.shape, bool), np.zeros((5, K))
+    for v in scene.views:
         away = scene.view_in_ref[v, :3, 3] - poses[:, :3, 3]
-        camera = (away[:, None] @ poses[:, :3, :3])[:, 0]                                   # (K,3) in gripper
-        pixel = np.linalg.norm(away[0]) / scene.intrinsics[v, 0, 0]                         # its width on the hand, m
-        k, n = np.nonzero(outward < camera @ model.normals[:N].T)                           # facing the camera: (L,)
+        camera = (away[:, None] @ poses[:, :3, :3])[:, 0]            # (K,3) in gripper
+        pixel = np.linalg.norm(away[0]) / scene.intrinsics[v, 0, 0]  # its width on the hand, m
+        k, n = np.nonzero(outward < camera @ normals.T)              # facing the camera: (L,)
         y, x, z, inside = look_up(scene, v, points[k, n])
         k, n, y, x, z = (a[inside] for a in (k, n, y, x, z))
-        cell = max(1, round(1.5 * model.spacing * np.sqrt(len(model.points) / N) / pixel))
+        cell = max(1, round(1.5 * model.spacing * np.sqrt(step) / pixel))
         rows, columns = -(-H // cell), -(-W // cell)
         cells = (k * rows + y // cell) * columns + x // cell
         nearest = np.full(K * rows * columns, np.inf, np.float32)
@@ -344,14 +305,14 @@ def compare(model, scene, poses, opening, count=None, slack=0.0, fingers=False):
         blank, still = scene.depth[v, y, x] == 0, scene.still[v, y, x]
         gap = np.where(blank, np.nan, scene.depth[v, y, x] - z)                             # nan: says nothing
         noisy, coarse = scene.noise[v] > NOISY, pixel > AGREE / 3
-        for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)) if coarse and not fingers else ():     # neighbours may speak
+        for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)) if coarse and not fingers else ():  # neighbours may speak
             at = v, (y + dy).clip(0, H - 1), (x + dx).clip(0, W - 1)
             better = (np.abs(scene.depth[at] - z) < np.abs(gap)) & (scene.depth[at] > 0) & ~scene.still[at]
             gap, still = np.where(better, scene.depth[at] - z, gap), still & ~better
         tolerance = max(AGREE / (1 + fingers), SIGMAS * scene.noise[v], pixel / 2)
         beside = scene.near[v, y, x] - z < tolerance                                        # something as near
-        silent = beside & (noisy or coarse) if fingers else beside | (noisy & (model.slide[n] != 0))    # blurred away
-        gap[(silent & (gap > tolerance)) | (still & model.mount[n])] = np.nan
+        silent = beside & (noisy or coarse) if fingers else beside | (noisy & (slide[n] != 0))  # blurred away
+        gap[(silent & (gap > tolerance)) | (still & mount[n])] = np.nan
         tolerance = max(tolerance, slack)
         close, hidden = np.abs(gap) < tolerance, gap < -2 * AGREE
         visible[k, n] = True
@@ -375,13 +336,13 @@ def all_rotations(count):
     return Rotation.from_quat(np.stack([r * np.sin(a), r * np.cos(a), R * np.sin(b), R * np.cos(b)], 1)).as_matrix()
 
 
-TURNS = all_rotations(600)             # about 30 degrees apart
+TURNS = all_rotations(600)  # about 30 degrees apart
 ANGLES = np.degrees(data.rotation_angle(TURNS))
-TURNS = np.concatenate([np.eye(3)[None], TURNS[ANGLES < TURN]]), TURNS[(ANGLES >= TURN) & (ANGLES < 2 * TURN)]
+TURNS = [TURNS[:0], np.append(np.eye(3)[None], TURNS[ANGLES < TURN], 0), TURNS[(TURN <= ANGLES) & (ANGLES < 2 * TURN)]]
 
 
-def search(model, scene, centre, radius, rotations, peaks):
-    """The `peaks[r]` likeliest shifts by up to `radius` around `centre` (3,) with each of rotations (R,3,3): (K,4,4).
+def search(model, scene, cloud, centre, radius, starts, peaks):
+    """The `peaks[r]` likeliest shifts by up to `radius` of each of starts (R,4,4), around `centre` (3,): (K,4,4).
 
     Space is cut into voxels, which speak for a visible model point where a scene point is near, and against a point
     where a camera looks through. To shift the model by whole voxels is to read the same volume at an offset.
@@ -389,60 +350,53 @@ def search(model, scene, centre, radius, rotations, peaks):
     steps = int(np.ceil(radius / VOXEL))
     half = steps + int(np.ceil(model.reach / VOXEL)) + 1
     size, shifts = 2 * half + 1, 2 * steps + 1
-    points = scene.points[scene.candidates]
-    points = points[in_cube(points, centre, half * VOXEL)]
     empty = np.ones((size, size, size), bool)
-    empty[tuple(np.rint((points - centre) / VOXEL).astype(int).T + half)] = False
-    away = distance_transform_edt(empty) if len(points) else np.full(empty.shape, size)
+    empty[tuple(np.rint((cloud.data - centre) / VOXEL).astype(int).T + half)] = False
+    away, free = distance_transform_edt(empty), np.zeros(empty.size, bool)
     grid = (np.stack(np.indices(empty.shape), -1).reshape(-1, 3) - half) * VOXEL + centre
-    free = np.zeros(len(grid), bool)
-    for v in range(len(scene.depth)):
+    for v in scene.views:
         y, x, z, inside = look_up(scene, v, grid)
-        measured = scene.depth[v, y, x]
-        free |= inside & (measured > 0) & ((measured - z > VOXEL) | (scene.still[v, y, x] & (measured - z > -VOXEL)))
+        gap = np.where(inside & (scene.depth[v, y, x] > 0), scene.depth[v, y, x] - z, -np.inf)
+        free |= (gap > VOXEL) | (scene.still[v, y, x] & (gap > -VOXEL))
     free = free.reshape(empty.shape) & (away > 1)
-    volumes = [np.append(value, np.zeros(size**2)).astype(np.int16) for value in            # in hundredths of a point:
-               (np.where(free, -100, 0), np.where(free, -200, 100 * np.exp(-away**2)))]     # of a hidden, a visible one
-    poses = rigid(rotations, np.tile(centre, (len(rotations), 1)))
-    seen = compare(model, scene, poses, np.zeros(len(poses)), SEARCHED)
-    corner = np.rint((seen.points - centre) / VOXEL).astype(int) + half - steps
-    offsets = corner.clip(0, size - shifts) @ (size**2, size, 1)                            # (R,n)
+    volumes = [np.append(value, np.zeros(size**2)).astype(np.int16) for value in         # in hundredths of a point:
+               (np.where(free, -100, 0), np.where(free, -200, 100 * np.exp(-away**2)))]  # of a hidden, a visible one
+    seen = compare(model, scene, starts, np.zeros(len(starts)), len(model.points) // SEARCHED)
+    corners = np.rint((seen.points - centre) / VOXEL).astype(int) + half - steps         # (R,n,3)
     beyond, found = ((np.indices((shifts,) * 3) - steps)**2).sum(0) > steps**2, []
-    for pose, offset, visible, count in zip(poses, offsets, seen.visible.astype(int), peaks):
+    for start, offset, visible, count in zip(starts, corners @ (size**2, size, 1), seen.visible.astype(int), peaks):
         worth = sum(volumes[s][o:o + shifts * size**2] for o, s in zip(offset, visible)).reshape(shifts, size, size)
         worth = np.where(beyond, -32768, worth[:, :shifts, :shifts])
         for _ in range(count):
             i, j, k = best = np.unravel_index(worth.argmax(), worth.shape)
-            found.append(rigid(pose[None, :3, :3], centre + VOXEL * (np.array([best]) - steps))[0])
-            worth[max(i - 1, 0):i + 2, max(j - 1, 0):j + 2, max(k - 1, 0):k + 2] = -32768   # none of its neighbours
+            found.append(data.pose(start[:3, 3] + VOXEL * (np.array(best) - steps), start[:3, :3]))
+            worth[max(i - 1, 0):i + 2, max(j - 1, 0):j + 2, max(k - 1, 0):k + 2] = -32768  # none of its neighbours
     return np.stack(found)
 
 
-def refine(model, scene, cloud, poses, opening, distance, count=None, slip=SLIP, iterations=4):
-    """ICP of K hypotheses with those of the first `count` model points that are visible and not hidden."""
-    weight = compare(model, scene, poses, opening, count).shown
-    few = np.argsort(~weight, axis=1, kind="stable")[:, :max(1, weight.sum(1).max())]       # the others would cost time
-    source = np.take_along_axis(at_opening(model, opening), few[..., None], 1)              # (K,n,3)
-    return icp(source, cloud.points, cloud.normals, poses, distance, iterations, source_normals=model.normals[few],
-               weight=np.take_along_axis(weight, few, 1), slip=slip, tree=cloud.tree, rate=not iterations)
+def refine(model, scene, cloud, poses, opening, distance, step=1, slip=SLIP, iterations=4):
+    """ICP of K hypotheses with those of every step-th model point that are visible and not hidden."""
+    weight = compare(model, scene, poses, opening, step).shown
+    few = np.argsort(~weight, axis=1, kind="stable")[:, :max(1, weight.sum(1).max())]  # the others would cost time
+    source = np.take_along_axis(at_opening(model, opening, step), few[..., None], 1)   # (K,n,3)
+    return icp(source, cloud.data, None, poses, distance, iterations, source_normals=model.normals[::step][few],
+               weight=np.take_along_axis(weight, few, 1), slip=slip, tree=cloud)
 
 
-def settle(hand, scene, cloud, poses, cost, keep=3, most=HYPOTHESES):
-    """Hypotheses -> the best `keep` of them, refined without the fingers, which may have moved.
+def settle(hand, scene, cloud, poses, cost):
+    """Hypotheses -> the best of them, refined without the fingers, which may have moved.
 
-    A funnel: each round of ICP has half the hypotheses, or of `most`, more points and a stricter judge, and no two of
-    what it leaves are the same for all points around the flange. cost(poses) (K,) comes off their scores.
+    A funnel: each round of ICP has fewer hypotheses, more points and a stricter judge, and no two of what it leaves are
+    the same for all points around the flange. cost(poses) (K,) comes off their scores.
     """
-    for distance in ROUNDS:
-        count = int(len(hand.points) * ROUNDS[-1] / distance)
-        closed = np.zeros(len(poses))
-        poses = refine(hand, scene, cloud, poses, closed, distance, count)[0]
-        score = compare(hand, scene, poses, closed, count, distance / 2).score * len(hand.points) / count
-        shift, turn = pose_errors(poses[:, None], poses[None])                              # (K,K)
+    for distance, most in ROUNDS:
+        step, closed = round(distance / FINE), np.zeros(len(poses))
+        poses = refine(hand, scene, cloud, poses, closed, distance, step)[0]
+        score = step * compare(hand, scene, poses, closed, step, distance / 2).score
+        shift, turn = pose_errors(poses[:, None], poses[None])  # (K,K)
         same, best = shift + np.radians(turn) * FLANGE < AGREE, []
-        limit = keep if distance == ROUNDS[-1] else min(len(poses), most) // 2 + keep
         for i in np.argsort(cost(poses) - score):
-            if len(best) < limit and not same[i, best].any():
+            if len(best) < most and not same[i, best].any():
                 best.append(i)
         poses = poses[best]
     return poses
@@ -454,8 +408,6 @@ def finger_profile(model, scene, pose):
     """How well (W,) the fingers fit at each of WIDTHS: points that agree less those that the views look through. Flat
     where the hand, or what it holds, hides them."""
     fingers = part(model, model.slide != 0)
-    if not len(fingers.points):
-        return np.zeros(len(WIDTHS))
     seen = compare(fingers, scene, np.repeat(pose[None], len(WIDTHS), 0), WIDTHS, fingers=True)
     return seen.agree - seen.through
 
@@ -471,7 +423,7 @@ def opening_path(profiles, way, first):
     way (F-1,) m, how far the hand moved between two frames: fingers close and open while it rests, so that a change
     which no view shows is put where the hand moved least. first: the width at frame 0, m.
     """
-    change = np.minimum(np.abs(np.subtract.outer(WIDTHS, WIDTHS)) / EVENT, 1)                # (W now, W before)
+    change = np.minimum(np.abs(np.subtract.outer(WIDTHS, WIDTHS)) / EVENT, 1)  # (W now, W before)
     total, back = -(((WIDTHS - first) / WIDTHS[1])**2), []
     for profile, moved in zip(profiles[1:], way):
         options = total - np.interp(moved, (0, TRAVEL[0]), CHANGE) * change
@@ -510,20 +462,22 @@ def travel(poses, guess, frames=1):
 
 
 def judge(model, scene, poses, opening, cost, anew=False):
-    """The opening (K,) that suits each pose best, what is seen of it then, its worth (K,), and whether it is believed.
+    """What is seen of poses, each with the opening (K,) that suits it best, the score less their cost; their worth (K,)
+    and whether they are believed, sure (K,).
 
     Evidence a point in view counts as much as evidence in all, for of a hand half hidden few points agree, and all of
     them well. A pose that is mostly where nothing is measured is not believed. anew: after a loss nothing else speaks
     for a place: it has to fit better, in more points, and the way costs twice, as it does in the choice.
     """
     profiles = [finger_profile(model, scene, pose) for pose in poses]
-    openings = np.array([likeliest(profile, opening) for profile in profiles])
+    openings, way = np.array([likeliest(profile, opening) for profile in profiles]), cost(poses)
     seen = compare(model, scene, poses, openings)
-    seen.profiles, way = profiles, cost(poses)
-    score, worth = seen.score - way * (1 + anew), seen.score - 2 * way
+    worth, seen.profile, seen.opening, seen.score = seen.score - 2 * way, profiles, openings, seen.score - way
+    seen.worth = worth * np.abs(worth) / np.maximum(seen.in_view, 1)
     few = np.maximum(MIN_AGREE * (1 + anew) * (1 - seen.blank), MIN_SHARE * seen.in_view)
-    sure = (seen.agree >= few) & (seen.blank < 0.5) & (score >= (MIN_SCORE_ANEW if anew else MIN_SCORE) * seen.in_view)
-    return openings, seen, worth * np.abs(worth) / np.maximum(seen.in_view, 1), sure
+    fits = (worth if anew else seen.score) >= MIN_SCORE[anew] * seen.in_view
+    seen.sure = (seen.agree >= few) & (seen.blank < 0.5) & fits
+    return seen
 
 
 def track_one(model, scene, state, dt):
@@ -534,59 +488,58 @@ def track_one(model, scene, state, dt):
     and at last far turned. Where nothing is borne out, `lost` is true, `why` says so and the pose is held.
     """
     frames = 1 + state.missed
-    reach = REACH * min(2 * dt * frames, 1.5)             # no farther, for the search's time
+    reach = REACH * min(2 * dt * frames, 1.5)  # no farther, for the search's time
     lost = lambda why: SimpleNamespace(**vars(state) | dict(
         lost=True, why=why, missed=frames, motion=np.eye(4), fitness=0.0, inlier_rmse=np.nan, profile=0 * WIDTHS))
     cloud = nearby(scene, state.pose[:3, 3], reach + model.reach)
     if cloud is None:
-        wild = f", depth fluctuates by {1000 * scene.noise.max():.0f} mm" if scene.noise.max() > NOISY else ""
-        return lost("nothing that moved is measured within reach" + wild)
+        return lost("nothing that moved is measured within reach; "
+                    f"depth fluctuates by {1000 * scene.noise.max():.0f} mm")
     guesses, hand = np.stack([state.pose, state.pose @ state.motion]), part(model, model.slide == 0)
     cost = lambda poses: np.min([travel(poses, guess, frames) for guess in guesses], axis=0)
     look = lambda poses: judge(model, scene, poses, state.opening, cost, state.missed > 0)
-    poses = settle(hand, scene, cloud, guesses, cost)
-    openings, seen, worth, sure = look(poses)
-    for turns, (least, clear) in zip(TURNS, WELL):        # far turned only where nothing fits
-        if (sure & (seen.score - cost(poses) >= least * seen.in_view) & (seen.clear >= clear)).any():
+    poses = guesses
+    for turns in TURNS:  # where nothing fits, search; then far turned
+        if len(turns):
+            starts = data.pose(np.tile(state.pose[:3, 3], (len(turns), 1)), state.pose[:3, :3] @ turns)
+            peaks = [HYPOTHESES // 2] + [HYPOTHESES // 2 // len(turns) + 1] * (len(turns) - 1)
+            poses = np.concatenate([poses, search(hand, scene, cloud, state.pose[:3, 3], reach, starts, peaks)])
+        poses = settle(hand, scene, cloud, poses, cost)
+        seen = look(poses)
+        if (seen.sure & (seen.score >= WELL[0] * seen.in_view) & (seen.clear >= WELL[1])).any():
             break
-        peaks = [HYPOTHESES // 2 if (turn == np.eye(3)).all() else HYPOTHESES // 2 // len(turns) + 1 for turn in turns]
-        wide = search(hand, scene, state.pose[:3, 3], reach, state.pose[:3, :3] @ turns, peaks)
-        poses = settle(hand, scene, cloud, np.concatenate([poses, wide]), cost)
-        openings, seen, worth, sure = look(poses)
-    best = [np.argmax(worth + 1e6 * sure)]
-    fine = poses[best]
+    best = [np.argmax(seen.worth + 1e6 * seen.sure)]
+    fine, opening = poses[best], seen.opening[best]
     for shrink in (1, 1.5, 2):
-        fine = refine(model, scene, cloud, fine, openings[best], ROUNDS[-1] / shrink, slip=SLIP / 3)[0]
+        fine = refine(model, scene, cloud, fine, opening, FINE / shrink, slip=SLIP / 3)[0]
     # A hand at rest does not drift with the noise: the first of equals is taken.
     options = np.concatenate([state.pose[None], fine, poses[best]])
-    pose = options[[compare(model, scene, options, np.repeat(openings[best], 3)).score.argmax()]]
-    opening, seen, _, sure = look(pose)
-    if not sure[0]:
-        looked = f", {seen.through[0]:.0f} are looked through" if seen.through[0] else ""
-        blank = f", {100 * seen.blank[0]:.0f} % are not measured" if seen.blank[0] else ""
-        return lost(f"of {seen.in_view[0]:.0f} points in view {seen.agree[0]:.0f} agree{looked}{blank}")
-    _, fitness, inlier_rmse = (x[0] for x in refine(model, scene, cloud, pose, opening, AGREE, iterations=0))
+    pose = options[[compare(model, scene, options, np.repeat(opening, 3)).score.argmax()]]
+    seen = look(pose)
+    if not seen.sure[0]:
+        return lost(f"of {seen.in_view[0]:.0f} points in view {seen.agree[0]:.0f} agree, {seen.through[0]:.0f} are "
+                    f"looked through, {100 * seen.blank[0]:.0f} % are not measured")
+    _, fitness, inlier_rmse = (x[0] for x in refine(model, scene, cloud, pose, seen.opening, AGREE, iterations=1))
     # Along the ray a blur agrees with many poses; in space little of it is near any.
-    near, noise = fitness * (1 - (inlier_rmse / AGREE)**2), scene.noise[scene.depth.any((1, 2))].min()
-    if near * (seen.score - cost(pose))[0] < MIN_FIT * (1 + SIGMAS * (noise / AGREE)**2) * seen.in_view[0]:
+    near, noise = fitness * (1 - (inlier_rmse / AGREE)**2), scene.noise[scene.views].min()
+    if near * seen.score[0] < MIN_FIT * (1 + SIGMAS * (noise / AGREE)**2) * seen.in_view[0]:
         return lost(f"a blur: {100 * fitness:.0f} % of the points in view are near measured ones, "
                     f"{1000 * inlier_rmse:.1f} mm away")
     motion = np.eye(4) if state.missed else invert(state.pose) @ pose[0]
-    return SimpleNamespace(pose=pose[0], motion=motion, opening=opening[0], missed=0, lost=False, why="",
-                           fitness=fitness, inlier_rmse=inlier_rmse, profile=seen.profiles[0])
+    return SimpleNamespace(pose=pose[0], motion=motion, opening=seen.opening[0], missed=0, lost=False, why="",
+                           fitness=fitness, inlier_rmse=inlier_rmse, profile=seen.profile[0])
 
 
 def step(models, scene, states, dt):
     """One frame of all hands. Two in one place: it is the one's that was not lost or had the shorter way; the other
     looks again, at what is left."""
     after = [track_one(model, scene, state, dt) for model, state in zip(models, states)]
-    for pair in combinations(range(len(states)), 2):
-        if any(after[i].lost for i in pair) or pose_errors(*(after[i].pose for i in pair))[0] > FLANGE:
-            continue
-        owner, other = sorted(pair, key=lambda i: (states[i].missed, travel(after[i].pose, states[i].pose)))
+    if len(after) == 2 and not any(state.lost for state in after) \
+            and pose_errors(after[0].pose, after[1].pose)[0] < FLANGE:
+        owner, other = sorted((0, 1), key=lambda i: (states[i].missed, travel(after[i].pose, states[i].pose)))
         (v, y, x), still = scene.candidates, scene.still.copy()
         surface = cKDTree(transform(at_opening(models[owner], [after[owner].opening])[0], after[owner].pose))
-        still[v, y, x] |= np.isfinite(surface.query(scene.points[v, y, x], distance_upper_bound=AGREE)[0])
+        still[v, y, x] |= surface.query(scene.points[v, y, x], distance_upper_bound=AGREE)[0] < AGREE
         left = make_scene(scene.depth, scene.intrinsics, scene.view_in_ref, scene.noise, still)
         after[other] = track_one(models[other], left, states[other], dt)
     return after
@@ -600,70 +553,65 @@ def silhouette(model, intrinsics, ref_in_view, size, pose, opening):
 
 
 def register(model, scene, mask):
-    """The first pose from masks (V,H,W) of the gripper alone.
+    """The first pose (4,4) from masks (V,H,W) of the gripper alone, nan if too little is masked, and the opening, m.
 
-    Returns poses (2,4,4), the better first: the hand looks nearly the same after half a turn about its approach axis,
-    so that both are solutions; opening, m; their scores (2,). The poses are nan if too little is masked.
+    The hand looks nearly the same after half a turn about its approach axis: the better of both is returned.
     """
-    scene = make_scene(scene.depth, scene.intrinsics, scene.view_in_ref, still=~mask)   # as good as scenery
+    scene = make_scene(scene.depth, scene.intrinsics, scene.view_in_ref, still=~mask)  # as good as scenery
     centre = np.median(np.append(scene.points[scene.candidates], [[0, 0, 0]], 0), axis=0).astype(float)
-    cloud, hand = nearby(scene, centre, data.FAR), part(model, model.slide == 0)
+    cloud, hand = nearby(scene, centre, REACH / 3 + model.reach), part(model, model.slide == 0)
     if cloud is None:
-        return np.full((2, 4, 4), np.nan), STROKE, np.zeros(2)
+        return np.full((4, 4), np.nan), STROKE
+    whole = cKDTree(at_opening(model, [STROKE / 2])[0])
 
-    def unexplained(poses):                               # what the mask shows must be on the hand
-        posed = at_opening(model, np.full(len(poses), STROKE / 2)) @ poses[:, :3, :3].mT + poses[:, None, :3, 3]
-        return len(hand.points) * np.array([(cKDTree(p).query(cloud.points[::5])[0] > AGREE).mean() for p in posed])
+    def unexplained(poses):  # what the mask shows must be on the hand
+        shown = transform(np.repeat(cloud.data[None, ::5], len(poses), 0), invert(poses))
+        return len(hand.points) * (whole.query(shown)[0] > AGREE).mean(1)
 
     # Not the flange, but the middle of the hand is to be in the middle of the mask.
-    poses = np.concatenate([search(hand, scene, centre - turn @ model.points.mean(0), REACH / 3, turn[None], [3])
-                            for turn in all_rotations(200)])
-    poses, found = settle(hand, scene, cloud, poses, unexplained, most=len(poses)), []
-    first = poses[judge(model, scene, poses, STROKE / 2, unexplained)[2].argmax()]
-    for turned in (np.eye(4), HALF_TURN):
-        pose = settle(hand, scene, cloud, (first @ turned)[None], unexplained, 1)
-        opening, seen, _, _ = judge(model, scene, pose, STROKE / 2, unexplained)
-        pose = refine(model, scene, cloud, pose, opening, ROUNDS[-1], slip=SLIP / 3)[0]
-        found.append((seen.score[0] - unexplained(pose)[0], opening[0], pose[0]))
-    scores, openings, poses = zip(*sorted(found, key=lambda solution: -solution[0]))
-    return np.stack(poses), openings[0], np.array(scores)
+    turns = all_rotations(200)
+    starts = data.pose(centre - turns @ model.points.mean(0), turns)
+    poses = search(hand, scene, cloud, centre, REACH / 3, starts, [3] * len(starts))
+    poses = settle(hand, scene, cloud, poses, unexplained)
+    poses = settle(hand, scene, cloud, np.concatenate([poses, poses @ HALF_TURN]), unexplained)
+    seen = judge(model, scene, poses, STROKE / 2, unexplained)
+    best = [seen.worth.argmax()]
+    pose, opening = poses[best], seen.opening[best]
+    return refine(model, scene, cloud, pose, opening, FINE, slip=SLIP / 3)[0][0], opening[0]
 
 
 def first_state(model, scene, pose, opening):
     """The model with its mount, and the state at frame 0. A given pose that no view shows is believed, one that the
     views look through is not."""
-    state = SimpleNamespace(pose=pose, motion=np.eye(4), opening=float(opening), missed=0, lost=False, why="",
-                            fitness=1.0, inlier_rmse=0.0, profile=0 * WIDTHS)
-    if np.isnan(pose).any():
-        return model, SimpleNamespace(**vars(state) | dict(lost=True, why="no mask shows enough of it"))
-    model = add_mount(model, scene, pose, opening)
-    seen = compare(model, scene, pose[None], [opening])
-    if seen.through[0] > seen.agree[0]:
-        state.lost, state.missed, state.why = True, 1, "the views look through where it should be"
-    return model, state
+    why = "no mask shows enough of it" if np.isnan(pose).any() else ""
+    if not why:
+        model = add_mount(model, scene, pose, opening)
+        seen = compare(model, scene, pose[None], [opening])
+        why = "the views look through where it should be" if seen.through[0] > seen.agree[0] else ""
+    return model, SimpleNamespace(pose=pose, motion=np.eye(4), opening=float(opening), missed=int(why != ""),
+                                  lost=why != "", why=why, fitness=1.0, inlier_rmse=0.0, profile=0 * WIDTHS)
 
 
-def track(clip, init="auto", model=None, progress=False):
+def track(clip, init="auto", model=None):
     """Track every gripper of a clip (data.CLIP) through the video that was predicted for it.
 
     init: "pose" (observed_gripper_in_ref, and observed_opening where known), "mask" (observed_gripper), or "auto", the
     pose if the clip has it; model: of hand_model or make_model. Returns the arrays of trajectory.npz: gripper_in_ref
     (F,A,4,4); gripper_motion (T,A,4,4), from the first frame, in the gripper's own frame; opening (F,A) m; closed, lost
-    (F,A) bool; why (F,A), the reason of a loss; fitness (F,A); inlier_rmse (F,A) m; from masks also symmetry_score
-    (A,2), of this path and of gripper_in_ref @ HALF_TURN. A frame that is lost holds the last pose.
+    (F,A) bool; why (F,A), the reason of a loss; fitness (F,A); inlier_rmse (F,A) m. A frame that is lost holds the last
+    pose.
     """
     init = init if init != "auto" else "pose" if "observed_gripper_in_ref" in clip else "mask"
     clip = data.check_clip(clip, ("observed", "prediction", "view_in_ref", init))
-    model, depth, extra = model or hand_model(), clip["observed_depth"], {}
+    model, depth = model or hand_model(), clip["observed_depth"]
     observed = make_scene(depth * (depth <= data.FAR), clip["intrinsics"], clip["view_in_ref"])
     if init == "pose":
         poses, openings = clip["observed_gripper_in_ref"], clip.get("observed_opening")
         if openings is None:
             openings = [likeliest(finger_profile(model, observed, pose), STROKE) for pose in poses]
     else:
-        poses, openings, scores = zip(*(register(model, observed, mask)
-                                        for mask in clip["observed_gripper"].swapaxes(0, 1)))
-        poses, extra["symmetry_score"] = np.stack(poses)[:, 0], np.stack(scores)
+        poses, openings = map(np.stack, zip(*(register(model, observed, mask)
+                                              for mask in clip["observed_gripper"].swapaxes(0, 1))))
     models, states = zip(*(first_state(model, observed, pose, opening) for pose, opening in zip(poses, openings)))
     here = np.zeros(depth.shape, bool)
     for pose, opening in zip(poses, openings):
@@ -672,16 +620,16 @@ def track(clip, init="auto", model=None, progress=False):
     here = binary_dilation(here, np.ones((1, 3, 3), bool))
 
     frames = [states]
-    for t in tqdm(range(clip["points"].shape[1]), desc="tracking", unit="frame", disable=not progress):
+    for t in tqdm(range(clip["points"].shape[1]), desc="tracking", unit="frame", disable=None, leave=False):
         scene = read_frame(clip["points"][:, t], clip["valid"][:, t], observed, here)
         frames.append(step(models, scene, frames[-1], 1 / clip["fps"]))
     collect = lambda name: np.array([[getattr(state, name) for state in states] for states in frames])
     gripper_in_ref, profiles = collect("pose"), collect("profile")
-    way = np.nan_to_num(np.linalg.norm(np.diff(gripper_in_ref[..., :3, 3], axis=0), axis=-1))       # (T,A)
+    way = np.nan_to_num(np.linalg.norm(np.diff(gripper_in_ref[..., :3, 3], axis=0), axis=-1))  # (T,A)
     opening = np.stack([opening_path(profiles[:, a], way[:, a], openings[a]) for a in range(len(poses))], 1)
     return dict(gripper_in_ref=gripper_in_ref, gripper_motion=invert(gripper_in_ref[:1]) @ gripper_in_ref[1:],
                 opening=opening, closed=closed_flags(opening), lost=collect("lost"), why=collect("why"),
-                fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"), **extra)
+                fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"))
 
 
 # ----------------------------------------------------------------------------------------------- pictures and commands
@@ -692,36 +640,13 @@ def outlined(clip, trajectory, model):
     rgb = np.concatenate([clip["observed_rgb"][:, None], clip["rgb"]], 1)
     scale = max(1, round(256 / rgb.shape[2]))
     rgb = rgb.repeat(scale, 2).repeat(scale, 3)
-    size, ref_in_view = rgb.shape[2:4], invert(clip["view_in_ref"])
-    intrinsics = data.scale_intrinsics(clip["intrinsics"], clip["rgb"].shape[2:4], size)
+    intrinsics = data.scale_intrinsics(clip["intrinsics"], clip["rgb"].shape[2:4], rgb.shape[2:4])
     for t, a in np.argwhere(np.isfinite(trajectory["gripper_in_ref"]).all((2, 3))):
-        pose, opening = trajectory["gripper_in_ref"][t, a], trajectory["opening"][t, a]
-        mask = silhouette(model, intrinsics, ref_in_view, size, pose, opening)              # (V,kH,kW)
+        mask = silhouette(model, intrinsics, invert(clip["view_in_ref"]), rgb.shape[2:4],
+                          trajectory["gripper_in_ref"][t, a], trajectory["opening"][t, a])  # (V,kH,kW)
         edge = mask & binary_dilation(~mask, np.ones((1, 3, 3), bool), iterations=2)
         rgb[:, t][edge] = (128, 128, 128) if trajectory["lost"][t, a] else ((255, 120, 0), (0, 150, 255))[a % 2]
     return rgb
-
-
-def plot(path, clip, trajectory):
-    """A png: position and opening of every hand over time, the truth dashed where it is known, lost frames grey."""
-    plt, (F, A) = data.pyplot(), trajectory["lost"].shape
-    time = np.arange(F) / clip["fps"]
-    figure, axes = plt.subplots(2, A, figsize=(6 * A, 6), sharex=True, squeeze=False, layout="constrained")
-    for a, (above, below) in enumerate(axes.T):
-        above.plot(time, trajectory["gripper_in_ref"][:, a, :3, 3], "o-", markersize=3, label=list("xyz"))
-        below.plot(time, 1000 * trajectory["opening"][:, a], "o-k", markersize=3)
-        if "true_opening" in clip:
-            above.set_prop_cycle(None)                    # the same colours again
-            above.plot(time, clip["true_gripper_in_ref"][:, a, :3, 3], "--")
-            below.plot(time, 1000 * clip["true_opening"][:, a], "--k")
-        below.fill_between(time, 0, 1000 * STROKE, where=trajectory["closed"][:, a], step="mid", alpha=0.15)
-        for t in time[trajectory["lost"][:, a]]:
-            above.axvspan(t - 0.5 / clip["fps"], t + 0.5 / clip["fps"], color="0.85", lw=0)
-        above.set(title=f"hand {a + 1}; grey: lost; dashed: truth", ylabel="gripper_in_ref, m")
-        above.legend()
-        below.set(xlabel="time, s", ylabel="opening, mm; shaded: closed")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def report(clip, trajectory):
@@ -731,14 +656,10 @@ def report(clip, trajectory):
         print(f"hand {a + 1}: {len(found)} of {len(lost) - 1} predicted frames tracked")
         if "true_opening" in clip and len(found):
             shift, turn = pose_errors(trajectory["gripper_in_ref"][found, a], clip["true_gripper_in_ref"][found, a])
-            width = np.median(np.abs(trajectory["opening"] - clip["true_opening"])[found, a])
-            print(f"  off by {1000 * np.median(shift):.1f} mm, {np.median(turn):.1f} degrees, {1000 * width:.1f} mm of "
-                  f"opening in the median, and by at most {1000 * shift.max():.0f} mm, {turn.max():.0f} degrees")
+            print(f"  off by {1000 * np.median(shift):.1f} mm and {np.median(turn):.1f} degrees in the median, "
+                  f"{1000 * shift.max():.0f} mm and {turn.max():.0f} degrees at most")
         for t in np.flatnonzero(lost):
             print(f"  lost at {t / clip['fps']:+.1f} s: {trajectory['why'][t, a]}")
-        if "symmetry_score" in trajectory:
-            print("  scores {:.0f}, and {:.0f} half a turn about its approach axis away".format(
-                *trajectory["symmetry_score"][a]))
 
 
 def main():
@@ -763,10 +684,10 @@ def main():
     model = make_model([(*load_mesh(args.object), 0.0)], [800]) if args.object else hand_model(args.hand, args.finger)
     if args.object:
         if "observed_object" not in clip:
-            raise ValueError("--object: the clip has no 'observed_object' (V, H, W), masks of the thing")
+            raise ValueError("--object: the clip has no 'observed_object', the thing's masks (V, H, W)")
         clip = {key: value for key, value in clip.items() if "gripper" not in key and "opening" not in key}
         clip["observed_gripper"] = clip["observed_object"]
-    trajectory = track(clip, args.init, model, progress=sys.stderr.isatty())
+    trajectory = track(clip, args.init, model)
     if "ref_in_world" in clip:
         trajectory["gripper_in_world"] = clip["ref_in_world"] @ trajectory["gripper_in_ref"]
     out, clip = args.out or (Path("runs/track") if args.episode else args.prediction.parent), data.check_clip(clip)
@@ -774,8 +695,7 @@ def main():
     data.write_npz(out / "trajectory.npz", trajectory)
     report(clip, trajectory)
     write_film(out / "overlay.gif", clip, outlined(clip, trajectory, model))
-    plot(out / "path.png", clip, trajectory)
-    print(f"written: {out}/trajectory.npz, overlay.gif, path.png")
+    print(f"written: {out}/trajectory.npz, overlay.gif")
 
 
 if __name__ == "__main__":

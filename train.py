@@ -52,14 +52,14 @@ from vae import main as make_codes
 
 try:
     import fcntl
-except ImportError:                                      # Windows: nothing keeps a second process out of a run folder
+except ImportError:  # Windows: nothing keeps a second process out of a run folder
     fcntl = None
 
 # A flag's default, [tiny, small, svd] where it depends on the preset, or (choices), the first of them; and its help.
 # --single: geometry is learned from many view pairs, and one frame shows a pair as ten do, at a tenth of the price.
 # --P_mean: at low noise the target itself gives the other camera away, and cross-view attention has nothing to learn.
 FLAGS = {
-    "steps": ([800, 12000, 30000], "optimiser steps"),
+    "steps": ([400, 12000, 30000], "optimiser steps"),
     "single": ([0.9, 0.6, 0.0], "share of them, the first, on single frames"),
     "single_batch": ([32, 64, 1], "single-frame samples a batch and process"),
     "batch": ([2, 3, 1], "clips a batch and process"),
@@ -73,7 +73,7 @@ FLAGS = {
     "P_std": ([1.5, 1.5, 1.6], "standard deviation of ln(sigma)"),
     "weight_cap": ([5.0, 5.0, 1e9], "largest weight of a noise level"),
     "huber": ([0.01, 0.01, 0.0], "in [-1, 1]: pixels further off count in proportion; 0: squared error of latents"),
-    "mask_weight": ([3.0, 3.0, 1.0], "extra weight with a gripper there or beside"),
+    "mask_weight": ([32.0, 32.0, 1.0], "extra weight with a gripper there or beside"),
     "moving_weight": ([2.0, 2.0, 0.0], "extra weight where something moves"),
     "dropout": ([0.0, 0.0, 0.1], "of each condition, for guidance"),
     "lambda_3d": ([3.0, 3.0, 1.0], "weight of the pointmaps in the loss"),
@@ -96,12 +96,12 @@ FLAGS = {
     "seed": (0, "of weights, clips and noise"),
     "dry_run": (False, "print settings and memory, then stop"),
 }
-WEIGHT_DECAY, CLIP_GRAD = 0.01, 1.0         # of AdamW; largest norm of the gradient
-SINGLE_FRAMES, WHOLE_CLIPS = 0, 1           # the two phases
-LOG_EVERY, EVAL_CLIPS = 20, 6               # steps; held-out clips of an evaluation
+WEIGHT_DECAY, CLIP_GRAD = 0.01, 1.0  # of AdamW; largest norm of the gradient
+SINGLE_FRAMES, WHOLE_CLIPS = 0, 1    # the two phases
+LOG_EVERY, EVAL_CLIPS = 20, 6        # steps; held-out clips of an evaluation
 # MiB that backward needs for a frame of two views, in clips and alone, in bf16: counted by tests/test_memory.py
-ACTIVATIONS = {"tiny": (9.3, 6.6), "small": (316, 157), "svd": (381, 381)}
-EXPLODED = 1e3                              # no weight comes near this while a network learns
+ACTIVATIONS = {"tiny": (31.7, 20.1), "small": (316, 157), "svd": (381, 381)}
+EXPLODED = 1e3                       # no weight comes near this while a network learns
 
 
 # ---------------------------------------------------------------------------------------------- the loss, and its noise
@@ -120,24 +120,24 @@ def training_loss(net, x_0, cond, embeds, item, noise, sigma, args, codes=None):
     The squared error asks for the mean of all places where the arm could be: a blur. With args.huber the error is that
     of the pixels that `codes` decode, Charbonnier's (ICIP 1994), nearly the distance itself: it asks for the median.
     """
-    weight = ((sigma ** 2 + 1) / sigma ** 2).clamp(max=args.weight_cap)                         # (B,)
+    weight = ((sigma ** 2 + 1) / sigma ** 2).clamp(max=args.weight_cap)  # (B,)
     x = x_0 + sigma.view(-1, 1, 1, 1, 1, 1, 1) * noise
     D_x = net(x, sigma, cond, embeds, item["frame_index"])
     if args.huber:
-        D_x, x_0 = decoded(codes, D_x), decoded(codes, x_0)                                     # (B, V, S, T, 3, H, W)
-    error = (D_x - x_0).float().square().mean(4)                           # (B, V, S, T, h, w), with huber H, W
+        D_x, x_0 = decoded(codes, D_x), decoded(codes, x_0)  # (B, V, S, T, 3, H, W)
+    error = (D_x - x_0).float().square().mean(4)             # (B, V, S, T, h, w), with huber H, W
     if args.huber:
         error = (error + args.huber ** 2).sqrt() - args.huber
 
     cell = item["valid"].shape[-1] // error.shape[-1]
-    gripper = cell_share(item["gripper"][:, :, 1:].any(3), cell)                                # (B, V, T, h, w)
+    gripper = cell_share(item["gripper"][:, :, 1:].any(3), cell)  # (B, V, T, h, w)
     gripper = F.max_pool2d(gripper.flatten(0, 2), 3, stride=1, padding=1).view_as(gripper) > 0
     moving = cell_share(item["moving"], cell) > 0
     important = 1 + args.mask_weight * gripper + args.moving_weight * moving
     measured = cell_share(item["valid"][:, :, 1:], cell)           # where no depth is, a pointmap has nothing to learn
-    L = (error[:, :, 0] * important).mean((1, 2, 3, 4))                                         # L_diff
+    L = (error[:, :, 0] * important).mean((1, 2, 3, 4))                                      # L_diff
     if error.shape[2] == 2:
-        L = L + args.lambda_3d * (error[:, :, 1] * important * measured).mean((1, 2, 3, 4))     # L_3D-diff
+        L = L + args.lambda_3d * (error[:, :, 1] * important * measured).mean((1, 2, 3, 4))  # L_3D-diff
     return weight * L
 
 
@@ -158,7 +158,7 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, i):
         args, draw = self.args, np.random.default_rng([self.args.seed, 1, i])
         sigma = np.float32(math.exp(args.P_mean + args.P_std * draw.standard_normal()))
-        keep = torch.from_numpy(draw.random(2) >= args.dropout)                                 # latent, embedding
+        keep = torch.from_numpy(draw.random(2) >= args.dropout)  # latent, embedding
         return dict(self.clips[i], number=i, sigma=sigma, keep=keep)
 
 
@@ -193,10 +193,10 @@ class Muon(torch.optim.Optimizer):
             self.state[p].setdefault("momentum", torch.zeros_like(p))
         momenta, grads = [self.state[p]["momentum"] for p in parameters], [p.grad for p in parameters]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])                          # Nesterov's
+        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])                    # Nesterov's
         stacks = {}                                     # few large products take less time than many small ones
         for p, matrix in zip(parameters, ahead):
-            stacks.setdefault((len(p), p[0].numel()), []).append((p, matrix.flatten(1)))        # (out, in * kernel)
+            stacks.setdefault((len(p), p[0].numel()), []).append((p, matrix.flatten(1)))  # (out, in * kernel)
         for (rows, columns), pairs in stacks.items():
             updates = orthogonal(torch.stack([matrix for _, matrix in pairs]), self.bf16)
             updates *= max(1, rows / columns) ** 0.5
@@ -227,7 +227,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
     def __init__(self, parameters, lr, betas, weight_decay, seed):
         super().__init__(parameters, dict(lr=lr, betas=betas, weight_decay=weight_decay))
         self.seed, self.generator = seed, torch.Generator(parameters[0].device)
-        self.norm = torch.zeros((), device=parameters[0].device)         # the step's largest; NaN stays NaN
+        self.norm = torch.zeros((), device=parameters[0].device)  # the step's largest; NaN stays NaN
         for p in parameters:
             p.register_post_accumulate_grad_hook(self.step_tensor)
 
@@ -296,7 +296,7 @@ def save(run, step):
                 model=tensors if run.average else None,          # without an average they stand in model.safetensors
                 optimizers=[optimizer.state_dict()["state"] for optimizer in run.optimizers])
     data.write_json(run.folder / "model.json", dict(run.info, step=step))
-    with writing_tensors(weights) as new_weights, writing_tensors(state) as new_state:         # renamed: state first
+    with writing_tensors(weights) as new_weights, writing_tensors(state) as new_state:  # renamed: state first
         save_file({name: value.contiguous() for name, value in {**tensors, **run.average}.items()}, new_weights,
                   metadata={"step": str(step)})
         torch.save(rest, new_state)
@@ -314,7 +314,7 @@ def read_state(folder):
                 raise ValueError("its model.safetensors is missing, damaged or of another step")
             saved["model"] = load_file(weights)
         return saved
-    except Exception as error:                           # there is no end to what a damaged file can cause
+    except Exception as error:  # there is no end to what a damaged file can cause
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise ValueError(f"cannot read {path}: {error.strerror}") from None
         raise ValueError(f"{path} is damaged ({str(error).strip().splitlines()[0]}): delete it to start again, or use "
@@ -328,7 +328,7 @@ def weights_of(folder, step):
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("step") == str(step):
                     return path
-        except (OSError, SafetensorError):               # not there, or not whole
+        except (OSError, SafetensorError):  # not there, or not whole
             pass
 
 
@@ -392,7 +392,7 @@ def show(run, step, log, stop):
         tqdm.write(f"step {step}, held out: " + ", ".join(f"{name} {value:g}" for name, value in scores.items()))
         clip = predict(run, held_out.clip(0), seed=run.args.seed)
     contact_sheet(sheet(run, step), clip, f"step {step}: {clip['name']}")
-    log.write(step=step, **scores)                # last: what is cut off before is done again
+    log.write(step=step, **scores)  # last: what is cut off before is done again
 
 
 def sheet(run, step):
@@ -425,9 +425,9 @@ def wrapped(run, phase):
     """The model as it is trained: compiled, and over all processes."""
     net = run.model
     if run.args.compile:
-        torch._dynamo.config.suppress_errors = True      # what does not compile runs as ever, with a warning
+        torch._dynamo.config.suppress_errors = True  # what does not compile runs as ever, with a warning
         net = torch.compile(net)
-    if run.world > 1:                                    # on single frames the layers along time have no gradient
+    if run.world > 1:                                # on single frames the layers along time have no gradient
         net = DistributedDataParallel(net, gradient_as_bucket_view=True,
                                       find_unused_parameters=phase == SINGLE_FRAMES)
     return net
@@ -452,7 +452,7 @@ def gradients(net, run, loader, step, schedule):
         with net.no_sync() if alone else nullcontext():
             with run.autocast():
                 loss = training_loss(net, x_0, cond, embeds, item, item["noise"], item["sigma"], run.args,
-                                     run.vaes)                                                  # (B,)
+                                     run.vaes)  # (B,)
             (loss.mean() / run.args.accumulate).backward()
         losses.append(loss.detach())
     return torch.cat(losses)
@@ -465,16 +465,16 @@ def steps_in(minutes, run):
         if share:
             net, loader = wrapped(run, phase), batches(run, phase, 0, timed)
             for step in range(timed):
-                began = time.time() if step < 2 else began                       # the first one warms up
+                began = time.time() if step < 2 else began  # the first one warms up
                 loss = gradients(net, run, loader, step, schedule=0.0)
                 for optimizer in run.optimizers:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                loss.sum().item()                                                # waits for the GPU
+                loss.sum().item()  # waits for the GPU
             seconds += share * (time.time() - began) / (timed - 1)
     for optimizer in run.optimizers:
         optimizer.state.clear()
-    steps = torch.tensor([0.95 * 60 * minutes / seconds], device=run.device)     # the rest: saves and evaluations
+    steps = torch.tensor([0.95 * 60 * minutes / seconds], device=run.device)  # the rest: saves and evaluations
     if run.world > 1:
         dist.broadcast(steps, 0)
     return max(2, int(steps))
@@ -486,14 +486,14 @@ def train(run, log, stop):
     parameters = [p for p in run.model.parameters() if p.requires_grad]
     averages, followed = list(run.average.values()), [p.detach() for p in run.model.parameters()]
     evaluates = lambda step: step % (args.eval_every or math.ceil(args.steps / 4)) == 0 or step == args.steps
-    if run.rank == 0 and step and evaluates(step) and not sheet(run, step).exists():            # it was cut off there
+    if run.rank == 0 and step and evaluates(step) and not sheet(run, step).exists():  # it was cut off there
         show(run, step, log, stop)
     losses, began = [], time.time()
     progress = tqdm(total=args.steps, initial=step, disable=run.rank != 0, unit="step", desc="train")
     for phase, last in ((SINGLE_FRAMES, round(args.single * args.steps)), (WHOLE_CLIPS, args.steps)):
         if step >= last:
             continue
-        net = None                                                 # two wrappers on one model would both average
+        net = None  # two wrappers on one model would both average
         net, loader = wrapped(run, phase), batches(run, phase, step, last)
         while step < last:
             schedule = min(1, (step + 1) / args.warmup) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
@@ -513,7 +513,7 @@ def train(run, log, stop):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
-            if averages:                                           # a young average forgets the random start quickly
+            if averages:  # a young average forgets the random start quickly
                 torch._foreach_lerp_(averages, followed, 1 - min(args.ema, (1 + step) / (10 + step)))
 
             progress.update()
@@ -663,7 +663,7 @@ def start(args, preset, folder, saved, device):
         net.load_state_dict(saved["model"])
     elif origin:
         load_weights(net, [Path(args.init) / "model.safetensors"], dtype, device)
-    net.train().checkpointing = bool(preset.clip)        # at SVD's size activations are recomputed in backward
+    net.train().checkpointing = bool(preset.clip)  # at SVD's size activations are recomputed in backward
     average = {name: p.detach().clone() for name, p in net.named_parameters()} if args.ema else {}
     optimizers = optimizers_of(net, args)
     if saved:
@@ -704,11 +704,11 @@ def main(argv=None):
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     given = parse(argv)
-    locked = lock(folder_of(given)) if rank == 0 and "dry_run" not in given else None      # until the process ends
+    locked = lock(folder_of(given)) if rank == 0 and "dry_run" not in given else None  # until the process ends
     args, folder, saved = resolve(given)
     info = saved["info"] if saved else origin_of(args.init)
     preset = Preset(**info["preset"]) if info else PRESETS[args.preset]
-    if preset.prediction == "v":                         # SVD's VAE: latents are compared as they are, as in the paper
+    if preset.prediction == "v":  # SVD's VAE: latents are compared as they are, as in the paper
         if given.get("huber"):
             raise ValueError(f"--huber {args.huber:g} is for linear codes, those of tiny and small")
         args.huber = 0.0

@@ -86,12 +86,13 @@ COMMANDS = {            # what is killed, and meets full disks
     "tune": "vae.py --preset svd --init ../base/hub --data ../base/data --out run --steps 10 --frames 2 --save_every 3",
     "train": TRAIN + "5",
     "train, no average": TRAIN + "5 --ema 0",
-    "sample": "sample.py --run ../base/run --data ../base/data --out out --frames 4 --ply",
+    "sample": "sample.py --run ../base/run --data ../base/data --out out --frames 4",
     "evaluate": "evaluate.py --task 1 --run run --data ../base/data --clips 3 --seeds 0 --frames 3 --steps 2",
 }
 LFS, CUT, GONE = b"version https://git-lfs.github.com/spec/v1\noid sha256:1", lambda old: old[:9999], lambda old: None
 STRANGE = {             # copies with one thing wrong: folder of `base`, file, its new content or changed arrays
     "cut": ("rec", "observations.npz", CUT), "lfs": ("rec", "observations.npz", LFS),
+    "o0": ("rec", "observations.npz", dict(scene_3=lambda x: x / 255)),
     "m0": ("run", "model.json", b""), "m1": ("run", "model.json", b"{}"), "m2": ("run", "model.json", b"[1, 2]"),
     "w0": ("run", "model.safetensors", CUT), "w1": ("run", "model.safetensors", GONE), "r0": ("run", "resume.pt", CUT),
     "v0": ("run", "vae_rgb.json", b"{}"), "v1": ("run", "vae_rgb.safetensors", CUT), "r1": ("run", "resume.pt", LFS),
@@ -106,9 +107,9 @@ STRANGE = {             # copies with one thing wrong: folder of `base`, file, i
 BAD = """
 data.py --out new | --source nowhere > no such folder; --source ../base/hub > no observations.npz; --task 9 > --task
 data.py --out new | --size 64 > --size; --source ../base/source --size 0x80 > --size; --episodes 0 > --episodes
-data.py --out new | --source ../base/source --workers 2 > --workers; --keep_raw > --keep_raw
-data.py --out new | --seed -1 > --seed; --source hub > check the network; --out ../base/data > synthetic
-data.py --out new | --source ~cut > observations.npz is damaged; --source ~lfs > git lfs pull
+data.py --out new | --source ../base/source --workers 2 > --workers; --seed -1 > --seed
+data.py --out new | --source hub > check the network; --out ../base/data > synthetic
+data.py --out new | --source ~cut > observations.npz is damaged; --source ~lfs > git-lfs; --source ~o0 > 'scene_3'
 vae.py --data ../base/data | --steps 0 > --steps; --frames 12 > --frames; --seed -1 > --seed; --preset huge > --preset
 vae.py --data ../base/data --preset svd --init | nowhere > nowhere; ~h0 > config.json
 train.py --data ../base/data | --lr 1e20 > --lr; --lr nan > --lr; --steps 0 > --steps; --minutes -1 > --minutes

@@ -55,7 +55,7 @@ class Echo(torch.nn.Module):
         return cond[:, :, :, None].expand_as(noisy)
 
 
-@pytest.mark.parametrize("solver", sample.SOLVERS)
+@pytest.mark.parametrize("solver", [sample.sample_euler, sample.sample_dpm])
 def test_guidance_grows_over_the_frames_and_one_is_a_single_pass(solver):
     cond, run = torch.full((1, 2, 2, 4, 3, 5), 2.0), fake_run(Echo())
     plain = sample.sample_latents(run, cond, None, 3, 4, solver=solver)
@@ -101,8 +101,6 @@ def test_predict_puts_the_documented_arrays_into_the_clip(untrained):
     again = sample.predict(run, blind, steps=2)                       # nothing of the truth is used
     assert all(np.array_equal(made[key], again[key]) for key in ("rgb", "points", "valid", "view_in_ref"))
     assert not np.array_equal(made["rgb"], sample.predict(run, clip, steps=2, seed=1)["rgb"])
-    with pytest.raises(ValueError, match="32x40"):
-        sample.predict(run, dict(clip, observed_rgb=clip["observed_rgb"][:, ::2, ::2]))
 
 
 def test_the_truth_through_the_code_and_back_has_its_pose(untrained, monkeypatch):
@@ -160,9 +158,9 @@ def test_plain_svd_equals_the_reference_pipeline(hub_folder, monkeypatch):
                       output_type="pt").frames[0]
     run = sample.load_svd(hub_folder, dtype=torch.float64)
     rgb = torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1)[None, None]
-    monkeypatch.setattr(model, "NOISE_AUGMENTATION", 0.0)
+    monkeypatch.setattr(model, "NOISE_AUGMENTATION", 0.0)               # of the observed frame
     cond, embeds = sample.encode_conditions(run, rgb, None)
-    latents = sample.sample_latents(run, cond, embeds, 3, 4, guidance=3.0, solver="euler",
+    latents = sample.sample_latents(run, cond, embeds, 3, 4, guidance=3.0, solver=sample.sample_euler,
                                     generator=torch.Generator().manual_seed(2))
     ours, _ = sample.decode(run, latents)
     assert (frames - (ours[0, 0] + 1) / 2).abs().max() < 1e-4
@@ -198,23 +196,23 @@ def truth(untrained):
     return data.truth_row(data.Clips(untrained / "data", "test", (64, 80)).clip(0))
 
 
-def test_the_film_shows_everything_at_true_speed(truth, tmp_path):
-    sample.write_results(tmp_path, truth, "test")
-    assert np.array_equal(data.read_npz(tmp_path / "prediction.npz")["points"], truth["points"])
-    assert {path.name for path in tmp_path.iterdir()} == {"prediction.npz", "sheet.png", "scene.gif"}
+def test_the_film_shows_everything_at_true_speed(truth, tmp_path, monkeypatch):
+    sample.write_film(tmp_path / "scene.gif", truth)
     gif = Image.open(tmp_path / "scene.gif")
     seconds = sum((gif.seek(i), gif.info["duration"])[1] for i in range(gif.n_frames)) / 1000
     assert seconds == pytest.approx(5, abs=0.2) and gif.size == (3 * 160 + 256, 2 * 256)         # the truth below
-    frames = sample.film(truth, np.concatenate([truth["observed_rgb"][:, None], truth["rgb"]], 1), each=1)
-    assert frames.shape == (10, 256, 736, 3)
+    shown, drawn = [], lambda path, frames, fps, seconds: shown.append((frames, fps, seconds))
+    monkeypatch.setattr(data, "write_gif", drawn)
+    sample.write_film("film", {key: value for key, value in truth.items() if key != "true_rgb"})
+    (frames, fps, seconds), = shown
+    assert frames.shape == (10, 256, 736, 3) and fps == 2 and seconds[-1] == 5
     assert np.array_equal(frames[7, 128:256:2, :160:2], truth["observed_rgb"][1])
     assert np.array_equal(frames[7, 128:256:2, 160:320:2], truth["rgb"][1, 7])
     black = (frames[7, :128:2, 320:480:2] == 0).all(-1)                                           # depth: unmeasured
     assert np.array_equal(black, ~truth["valid"][0, 7])
     assert (frames[:, :, 480:] != frames[0, :, 480:]).any((1, 2, 3))[1:].all()                    # the cloud turns
-    marked = np.full((2, 11, 256, 320, 3), 9, np.uint8)                                           # colours of any size
-    sample.write_film(tmp_path / "marked.gif", truth, marked)
-    assert Image.open(tmp_path / "marked.gif").size == (736, 256)
+    sample.write_film("film", truth, np.full((2, 11, 256, 320, 3), 9, np.uint8))                  # colours of any size
+    assert shown[1][0].shape == frames.shape and (shown[1][0][:, :, :320] == 9).all()
 
 
 def test_the_sheets_headings_are_really_drawn(truth, tmp_path, monkeypatch):
@@ -231,11 +229,11 @@ def test_the_sheets_headings_are_really_drawn(truth, tmp_path, monkeypatch):
     plt.close(drawn[0])
 
 
-def test_splat_shows_the_nearer_point():
-    points = np.array([[0, 0, 2.0], [0, 0, 1.0], [0, 0, -1.0]])
-    colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
-    picture = sample.splat(points, colors, np.array([[10.0, 0, 5], [0, 10, 4], [0, 0, 1]]), 9, 11)
-    assert picture[4, 5].tolist() == [0, 255, 0] and picture[0, 0].tolist() == [245] * 3
+def test_the_cloud_shows_the_nearer_point():
+    points = np.array([[0, 0, 2.0], [0, 0, 1.0], [0, 0, -9.0]], np.float32).reshape(1, 1, 1, 3, 3)
+    rgb = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8).reshape(1, 1, 1, 3, 3)
+    picture = sample.cloud_frames(dict(points=points, rgb=rgb, valid=np.ones((1, 1, 1, 3), bool)), "", 8)[0]
+    assert picture.shape == (8, 8, 3) and (picture == [0, 255, 0]).all()          # not what lies behind, or the camera
 
 
 # ---- the command, and the user's own pictures
@@ -249,7 +247,7 @@ def command(*arguments):
 
 def test_commands(untrained, hub_folder, tmp_path):
     result = command("--run", untrained, "--data", untrained / "data", "--steps", "2", "--out", tmp_path / "ours")
-    assert result.returncode == 0 and "2 steps of" in result.stdout and "camera pose is off" in result.stdout
+    assert result.returncode == 0 and "2/2" in result.stderr, result.stderr[-2000:]
     assert data.read_npz(tmp_path / "ours" / "prediction.npz")["points"].shape == (2, 10, 64, 80, 3)
     imageio.imwrite(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (100, 130, 3)).astype(np.uint8))
     result = command("--svd", hub_folder, "--rgb", tmp_path / "a.png", "--frames", 3, "--steps", 2, "--out", tmp_path)
@@ -259,8 +257,8 @@ def test_commands(untrained, hub_folder, tmp_path):
 
 
 def test_flags_that_would_do_nothing_are_refused(untrained):
-    for arguments, says in (("--svd X", "--rgb A.png"), ("--svd X --rgb a --depth b", "without depth"),
-                            ("--task 1 --guidance -1", "--guidance must be at least 0"), ("--released a.ckpt", "--out"),
+    for arguments, says in (("--svd X", "--rgb A.png"), ("--svd X --rgb a --depth b", "without --svd"),
+                            ("--task 1 --guidance -1", "--guidance must be at least 0"),
                             ("--task 1 --rgb a b", "--depth and --intrinsics"), (f"--run {untrained}", "data/task_1")):
         with pytest.raises(ValueError, match=re.escape(says)):
             sample.main(arguments.split())
@@ -313,7 +311,7 @@ def test_wrong_files_are_named(own, tmp_path):
     rgb, depth = ([str(folder / f"{name}{kind}.png") for name in "ab"] for kind in ("", "_depth"))
     for says, changed in (("one.npz", dict(intrinsics=tmp_path / "one.npz")),
                           ("64x80 picture", dict(intrinsics=tmp_path / "wide.npz")),
-                          ("has no array `intrinsics`", dict(intrinsics=folder / "pose.npz")),
-                          ("no array `observed_gripper_in_ref`", dict(pose=folder / "k.npz"))):
+                          ("has no array 'intrinsics'", dict(intrinsics=folder / "pose.npz")),
+                          ("no array 'observed_gripper_in_ref'", dict(pose=folder / "k.npz"))):
         with pytest.raises(ValueError, match=re.escape(says)):
             sample.read_views((64, 80), **dict(rgb=rgb, depth=depth, intrinsics=folder / "k.npz") | changed)

@@ -21,7 +21,7 @@ DOWN = Rotation.from_euler("xyz", [180, 0, 20], degrees=True).as_matrix()
 
 def motion(degrees, shift, axis=(0.3, -0.5, 0.8)):
     turn = Rotation.from_rotvec(np.radians(degrees) * np.array(axis) / np.linalg.norm(axis)).as_matrix()
-    return track.rigid(turn[None], np.array([shift], float))[0]
+    return data.pose(np.array(shift, float), turn)
 
 
 def bumpy(count, seed):
@@ -32,26 +32,23 @@ def bumpy(count, seed):
     return p * axes, p / axes / np.linalg.norm(p / axes, axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("planes", ["none", "target", "source", "both"])
+@pytest.mark.parametrize("planes", ["none", "target", "source"])
 def test_icp_recovers_the_motion_that_was_put_in(planes):
     target, normals = bumpy(1500, 0)
     truth = motion(4, (0.004, -0.003, 0.002))
     source, turned = transform(target, invert(truth)), normals @ truth[:3, :3]
-    more = dict(none={}, target=dict(target_normals=normals), source=dict(source_normals=turned),
-                both=dict(source_normals=turned, target_normals=normals))[planes]
-    got, fitness, rmse = track.icp(source, target, None, None, 0.03, 200, tolerance=1e-10) if not more else \
-        track.icp(source, target, max_correspondence_distance=0.03, max_iteration=200, tolerance=1e-10, **more)
+    more = dict(none={}, target=dict(target_normals=normals), source=dict(source_normals=turned))[planes]
+    got, fitness, rmse = track.icp(source, target, max_correspondence_distance=0.03, max_iteration=200, **more)
     assert np.array(pose_errors(got, truth)).max() < 1e-5 and fitness == 1 and rmse < 1e-5
 
 
-@pytest.mark.parametrize("kernel", ["tukey", "none"])
-def test_icp_resampled_with_outliers_and_many_starts(kernel):
+def test_icp_resampled_with_outliers_and_many_starts():
     target, normals = bumpy(3000, 0)
     truth = motion(5, (0.003, 0.004, -0.002))
     junk = np.random.default_rng(2).uniform(-0.2, 0.2, (200, 3))
     source = np.concatenate([transform(bumpy(800, 1)[0], invert(truth)), junk])
     starts = np.stack([motion(d, (s, 0, 0)) for d in (0, 10) for s in (0, 0.01)])
-    call = lambda start: track.icp(source, target, normals, start, 0.02, 60, kernel=kernel)
+    call = lambda start: track.icp(source, target, normals, start, 0.02, 60)
     got, fitness, rmse = call(starts)
     off, turn = pose_errors(got, truth[None])
     assert got.shape == (4, 4, 4) and off.max() < 1e-3 and turn.max() < 1
@@ -69,6 +66,16 @@ def test_icp_leaves_out_points_of_weight_zero():
     assert np.abs(track.icp(source, target, normals, None, 0.05, 100)[0] - np.eye(4)).max() > 1e-4
 
 
+def test_a_fit_of_one_plane_does_not_slide_with_the_noise():
+    draw = np.random.default_rng(0)
+    points = draw.uniform(-0.1, 0.1, (1, 300, 3)) * (1, 1, 0)
+    normals = np.array([0, 0, 1.0]) + 0.01 * draw.standard_normal(points.shape) * (1, 1, 0)
+    target = points + (0, 0, 0.005) + 0.001 * draw.standard_normal(points.shape) * (0, 0, 1)
+    fit = lambda slip: track.gauss_newton(points, target, normals, np.ones((1, 300)), np.zeros((1, 3)), slip)[0, :3, 3]
+    (x, y, z), free = fit(track.SLIP), fit(0.0)
+    assert np.hypot(x, y) < 1e-4 < 1e-3 < np.hypot(*free[:2]) and 0.004 < z < 0.0055
+
+
 # ------------------------------------------------------------------------------------------------- a rendered hand
 
 CAMERAS = np.stack([data.look_at(np.array(place), np.array([0, 0, 0.12]))
@@ -82,7 +89,7 @@ def path():
     z = [0.30, 0.28, 0.24, 0.20, 0.26, 0.28, 0.30]
     turn = [0, 5, 20, 30, 30, 20, 0]
     rotation = np.stack([Rotation.from_euler("zx", [t, t / 3], degrees=True).as_matrix() @ DOWN for t in turn])
-    return track.rigid(rotation, np.stack([x, np.linspace(-0.05, 0.1, 7), z], 1)), \
+    return data.pose(np.stack([x, np.linspace(-0.05, 0.1, 7), z], 1), rotation), \
         np.array([0.078, 0.078, 0.078, 0.03, 0.03, 0.07, 0.078])
 
 
@@ -260,8 +267,8 @@ def test_a_missing_hand_is_lost_and_found_again(video, capsys):
 
 def test_hands_do_not_share_a_place():
     """One hand rests; the other, beside it, is gone after the first frame and must not be found on the first."""
-    poses = track.rigid(np.repeat(DOWN[None], 3, 0), np.tile([0.0, -0.06, 0.25], (3, 1)))
-    other = track.rigid(np.repeat(DOWN[None], 3, 0), np.tile([0.0, 0.17, 0.25], (3, 1)))
+    poses = data.pose(np.tile([0.0, -0.06, 0.25], (3, 1)), DOWN)
+    other = data.pose(np.tile([0.0, 0.17, 0.25], (3, 1)), DOWN)
     there = clip_of([(poses, np.full(3, 0.078)), (other, np.full(3, 0.078))])
     assert not track.track(there)["lost"].any()
     gone = clip_of([(poses, np.full(3, 0.078)), (np.where(np.arange(3)[:, None, None] > 0, np.nan, other),
@@ -271,13 +278,11 @@ def test_hands_do_not_share_a_place():
 
 
 def test_first_pose_from_the_mask(video):
-    poses, opening, scores = track.register(track.hand_model(), scene_of(video), video["observed_gripper"][:, 0])
+    pose, opening = track.register(track.hand_model(), scene_of(video), video["observed_gripper"][:, 0])
     truth = video["true_gripper_in_ref"][0, 0]
-    shift, turn = min((pose_errors(pose, true) for pose in poses for true in (truth, truth @ track.HALF_TURN)),
-                      key=lambda error: error[1])
-    assert shift < 0.01 and turn < 5 and scores[0] >= scores[1] and abs(opening - 0.078) < 0.01
-    assert pose_errors(poses[0], poses[1] @ track.HALF_TURN)[1] < 20      # both solutions are kept
-    nothing, _, _ = track.register(track.hand_model(), scene_of(video), np.zeros(video["observed_depth"].shape, bool))
+    shift, turn = min((pose_errors(pose, true) for true in (truth, truth @ track.HALF_TURN)), key=lambda off: off[1])
+    assert shift < 0.01 and turn < 5 and abs(opening - 0.078) < 0.01
+    nothing, _ = track.register(track.hand_model(), scene_of(video), np.zeros(video["observed_depth"].shape, bool))
     assert np.isnan(nothing).all()
 
 
@@ -292,8 +297,8 @@ def test_wrong_poses_are_not_believed(video):
     wrong = [motion(0, (0.05, 0, 0)), motion(60, (0, 0, 0)), motion(0, (0, 0, -0.1))]
     poses = np.stack([truth, *(truth @ w for w in wrong)])
     for anew in (False, True):
-        _, seen, worth, sure = track.judge(model, scene_of(video), poses, 0.078, lambda poses: np.zeros(4), anew)
-        assert sure.tolist() == [True, False, False, False] and worth.argmax() == 0
+        seen = track.judge(model, scene_of(video), poses, 0.078, lambda poses: np.zeros(4), anew)
+        assert seen.sure.tolist() == [True, False, False, False] and seen.worth.argmax() == 0
 
 
 def test_a_right_outline_does_not_contradict(video):
@@ -360,10 +365,9 @@ def test_an_episode_on_the_command_line(tmp_path, video):
     result = data.read_npz(tmp_path / "out/trajectory.npz")
     assert pose_errors(result["gripper_in_world"][:, 0], poses)[0].max() < 0.01
     with Image.open(tmp_path / "out/overlay.gif") as gif:
-        assert gif.n_frames == 12 and gif.info["duration"] == 250
+        assert gif.n_frames == 6 and gif.info["duration"] == 500
         shown = np.asarray(gif.convert("RGB")).astype(int)
     assert (np.abs(shown - (255, 120, 0)).max(-1) < 60).sum() > 100         # the outline is drawn
-    assert (tmp_path / "out/path.png").stat().st_size > 1000
     done = run("--episode", tmp_path / "episode", "--cameras", 1, 3)
     assert done.returncode != 0 and len(done.stderr.strip().splitlines()) == 1
 
@@ -372,7 +376,7 @@ def test_another_rigid_thing_is_tracked_from_its_mask(tmp_path):
     """An L of two boxes goes up, along and around, while no hand is there."""
     thing = data.merge(data.box((0.14, 0.06, 0.04)), data.box((0.04, 0.06, 0.1), (0.05, 0, 0.07)))
     turns = Rotation.from_euler("z", [[0], [10], [25], [40], [40]], degrees=True).as_matrix()
-    poses = track.rigid(turns, np.stack([[0, 0.03, 0.1, 0.14, 0.14], np.zeros(5), [0.02, 0.08, 0.15, 0.15, 0.1]], 1))
+    poses = data.pose(np.stack([[0, 0.03, 0.1, 0.14, 0.14], np.zeros(5), [0.02, 0.08, 0.15, 0.15, 0.1]], 1), turns)
     clip = clip_of([(np.full((5, 4, 4), np.nan), np.zeros(5))],
                    lambda t: [(transform(thing[0], poses[t]), thing[1])])
     clip = {key: value for key, value in clip.items() if "gripper" not in key and "opening" not in key}

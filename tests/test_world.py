@@ -169,8 +169,8 @@ def test_demonstrations_are_smooth_and_in_the_cameras(task):
 def test_episodes_on_disk(tmp_path):
     """Packed like recorded ones, the same from any number of processes; what is there stays, what misfits is named."""
     size, names = (16, 20), ["synthetic_01000", "synthetic_01001"]
-    assert data.make_synthetic(1, tmp_path / "a", 1, size, seed=1, workers=1, samples=1) == names[:1]
-    assert data.make_synthetic(1, tmp_path / "b", 2, size, seed=1, workers=2, samples=1) == names
+    assert data.make_synthetic(1, tmp_path / "a", 1, size, seed=1, workers=1) == names[:1]
+    assert data.make_synthetic(1, tmp_path / "b", 2, size, seed=1, workers=2) == names
     a, b = (data.load_episode(tmp_path / name / names[0]) for name in "ab")
     for name in ("rgb", "depth", "label", "intrinsics", "cam_in_world", "gripper_in_world", "gripper_opening"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
@@ -182,7 +182,7 @@ def test_episodes_on_disk(tmp_path):
             for split, c in clips.items()}
     assert used["train"] <= set(range(1, 13)) and used["test"] <= set(range(13, 17))
 
-    assert data.make_synthetic(1, tmp_path / "a", 1, size, seed=1, workers=1, samples=1) == []
+    assert data.make_synthetic(1, tmp_path / "a", 1, size, seed=1, workers=1) == []
     for task, other_size in ((2, size), (1, (32, 40))):
         with pytest.raises(ValueError, match=f"{names[0]} is synthetic.*another --out"):
             data.make_synthetic(task, tmp_path / "a", 1, other_size, seed=1, workers=1)
