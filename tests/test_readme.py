@@ -10,6 +10,7 @@ import pytest
 import data
 import evaluate
 import sample
+import track
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -59,3 +60,8 @@ def test_trained_weights_hold_their_figures():
     assert off[0][true["valid"][0]].mean() < 0.04 and off[1][true["valid"][1]].mean() < 0.04
     shift, turn = data.pose_errors(clip["view_in_ref"][1], true["view_in_ref"][1])
     assert shift < 0.03 and turn < 4
+    path = zip(true["true_gripper_in_ref"][2:5, 0], true["true_opening"][2:5, 0])      # 1 to 2 s ahead
+    ref_in_view, hand = data.invert(true["view_in_ref"]), track.hand_model()
+    there = np.stack([track.silhouette(hand, cameras[0], ref_in_view, (64, 80), *now) for now in path], 1)
+    near = np.linalg.norm(clip["points"] - true["points"], axis=-1)[:, 1:4] < 0.03
+    assert near[there].mean() > 0.5                          # the hand is where it will be; had it stayed, 0.1
