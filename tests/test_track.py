@@ -11,7 +11,6 @@ from scipy.spatial.transform import Rotation
 
 import data
 import evaluate
-import sample
 import track
 from data import invert, pose_errors, transform
 
@@ -224,17 +223,20 @@ def test_a_generators_points_are_tracked(video):
 
 
 def test_a_blur_of_a_hand_is_lost():
-    """The weights in tests/data make a blur of the arm: a hand is found in it where it is, or not at all."""
-    run, size, good = sample.load_run(Path(__file__).parent / "data/trained"), (64, 80), []
+    """The mean of three frames, as a squared error asks for: a hand is found in it where it is, or not at all."""
+    size, good, lost = (64, 80), [], []
     for seed in (2_000_001, 2_000_002):
         (world := data.World(1)).reset(seed)
         tips = world.demonstration[0][..., :3, 3] + data.TCP * world.demonstration[0][..., :3, 2]
         cameras = data.sample_cameras(np.random.default_rng(0), tips, size, 2)
-        result = track.track(sample.predict(run, world.observe(*cameras, size)))
         true = evaluate.scripted_future(world, 0, cameras, size)
+        points = np.pad(true["points"], [(0, 0), (1, 1), *[(0, 0)] * 3], "edge")
+        blur = (points[:, :-2] + points[:, 1:-1] + points[:, 2:]) / 3
+        result = track.track(true | dict(points=blur))
         shift, turn = pose_errors(result["gripper_in_ref"], true["true_gripper_in_ref"])
         good.append((shift < 0.02) & (turn < 10) | result["lost"])
-    assert np.mean(good) > 0.75                           # 0.86
+        lost.append(result["lost"])
+    assert np.mean(good) > 0.9 and np.mean(lost) > 0.5    # 0.95, 0.86
 
 
 def test_what_the_hand_uncovers_is_scenery(video):
