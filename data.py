@@ -1417,8 +1417,8 @@ def preview(folder, seed=0):
     own, valid = point_maps(episode.depth[cameras, t] / 1000, episode.intrinsics[cameras])
     cam_in_world = episode.cam_in_world[cameras, t]
     figure = plt.figure(figsize=(12, 17), layout="constrained")
-    figure.suptitle(f"{episode.folder}, frame {t}. Labels: 1 right gripper, 2 left, 3 object. Below: the points of "
-                    "both cameras in the first one's frame, m")
+    figure.suptitle(f"{episode.folder.name}, frame {t}\nlabels: 1 right gripper, 2 left gripper, 3 object; below: the "
+                    "points of both cameras in the first one's frame, m")
     clouds = figure.add_subplot(2, 1, 2, projection="3d", xlabel="x", ylabel="z")
     for v, (c, points) in enumerate(zip(cameras, transform(own, invert(cam_in_world[0]) @ cam_in_world))):
         for k, image in enumerate((episode.rgb[c, t], episode.label[c, t])):

@@ -58,6 +58,8 @@ except ImportError:  # Windows: nothing keeps a second process out of a run fold
 # A flag's default, [tiny, small, svd] where it depends on the preset, or (choices), the first of them; and its help.
 # --single: geometry is learned from many view pairs, and one frame shows a pair as ten do, at a tenth of the price.
 # --P_mean: at low noise the target itself gives the other camera away, and cross-view attention has nothing to learn.
+# --mask_weight: a hand is few pixels, and one drawn a little too fat is still found; weighed like what is around it, it
+# fades. README, "What failed", has the figures.
 FLAGS = {
     "steps": ([400, 12000, 30000], "optimiser steps"),
     "single": ([0.9, 0.6, 0.0], "share of them, the first, on single frames"),
@@ -680,7 +682,7 @@ def start(args, preset, folder, saved, device):
     info = dict(preset=asdict(preset), **switches, init=clip_from if preset.clip else None, task=args.task,
                 seed=args.seed, dropout=args.dropout, vae=os.path.relpath(where, folder))
     return SimpleNamespace(model=net, vaes=vaes, clip=clip, info=info, folder=folder, device=device, dtype=dtype,
-                           autocast=autocast, augmentation=0.0, bf16=bf16, average=average, optimizers=optimizers,
+                           autocast=autocast, bf16=bf16, average=average, optimizers=optimizers,
                            args=args, step=saved["step"] if saved else 0)
 
 
