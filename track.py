@@ -170,7 +170,7 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
             step = gauss_newton(*pair, normal, w, T[:, :3, 3], slip)
         step[w.sum(1) <= 0] = np.eye(4)
         T = step @ T  # R' = dR R; the origin moves by dt
-        if np.abs(step - np.eye(4)).max() < 1e-9:
+        if np.abs(step - np.eye(4)).max() < 1e-6:  # a micron
             break
     fitness = inlier.sum(1) / used.sum(1).clip(1)
     inlier_rmse = np.sqrt((np.where(inlier, distance, 0)**2).sum(1) / inlier.sum(1).clip(1))
