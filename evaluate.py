@@ -206,13 +206,13 @@ def score(clip, trajectory=None):
     add("still", still_error, points, true, still)
     if "true_gripper" in clip:
         add("hand", average, off < NEAR, valid & clip["true_gripper"].any(2))
-        for view in "nm":
+        for view in "nm" if clip["fps"] == data.CLIP_HZ else "":
             values |= {f"hand-{view} {horizon}": values[f"hand-{view}"][part] for horizon, part in HORIZONS.items()}
     values["chamfer"] = np.array([chamfer(points[:, t][clip["valid"][:, t]], true[:, t][valid[:, t]])
                                   for t in range(frames)])
     apart = pose_errors(clip["view_in_ref"][1:], clip["true_view_in_ref"][1:])
     values["camera_m"], values["camera_deg"] = map(mean, apart)
-    if "gripper" in clip:
+    if "gripper" in clip and views > 1:
         mask, K, ref_in_view = clip["gripper"], clip["intrinsics"], invert(clip["true_view_in_ref"])
         ious = np.array([cross_view_miou(points[0], mask[0], mask[v], K[0], K[v], ref_in_view[v])
                          for v in range(1, views)])
@@ -231,7 +231,7 @@ def score_hands(trajectory, clip):
     metres, degrees = pose_errors(trajectory["gripper_in_ref"][1:, arms], true[1:, arms])
     figures = dict(tracked=~lost & (metres < TRACKED[0]) & (degrees < TRACKED[1]), lost=lost, gripper_m=metres,
                    gripper_deg=degrees, opening=np.abs(trajectory["opening"] - clip["true_opening"])[1:, arms])
-    seen = lost | True
+    seen = np.ones_like(lost)
     if "true_gripper" in clip:
         seen = clip["true_gripper"][:, :, arms].sum((3, 4)).max(0) >= FEWEST_SEEN
     return {name: mean(np.where(seen, x, np.nan), 1) for name, x in figures.items()}
@@ -340,6 +340,9 @@ def cell(row, name):
     return " ± ".join(f"{x * factor:.{digits}f}" for x in shown)
 
 
+SCORED = "observed", "rgb", "truth", "pose", "observed_opening", "true_gripper_in_ref", "true_opening"  # what a row needs
+
+
 def markdown(rows, notes=()):
     """{label: {figure: values over seeds}} as a markdown table, a line a figure, the published values beside it."""
     table, order = [["", *rows, *PUBLISHED]], list(METRICS)
@@ -358,15 +361,17 @@ def load_clip(folder):
     path = Path(folder) / "prediction.npz"
     clip = read_npz(path)
     try:
-        clip = data.check_clip(clip, ("observed", "rgb", "truth"))
-        if "gripper" in clip and clip["gripper"].shape != clip["rgb"].shape[:4]:
-            raise ValueError(f"'gripper' has shape {clip['gripper'].shape}, expected {clip['rgb'].shape[:4]}")
+        clip = data.check_clip(clip, SCORED + ("view_in_ref",) * ("points" in clip))
+        if "gripper" in clip:
+            clip["gripper"] = data.canonical(clip["gripper"], "mask", "'gripper'")
+            if clip["gripper"].shape != clip["rgb"].shape[:4]:
+                raise ValueError(f"'gripper' has shape {clip['gripper'].shape}, expected {clip['rgb'].shape[:4]}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return clip
 
 
-def compare(methods, out, i3d=None, run=None):
+def compare(methods, out, network=None, run=None):
     """Scores methods {label: [{name: folder} of one seed, ...]} and baselines on the first's clips; writes results."""
     def clips_of(label, folders, make):
         for name, folder in tqdm(folders.items(), desc=f"scoring {label}", unit="clip"):
@@ -375,7 +380,7 @@ def compare(methods, out, i3d=None, run=None):
                 clip.pop("gripper", None)  # the method's
             yield name, *make(clip)
 
-    network, (first, *_) = load_i3d(i3d), next(iter(methods.values()))
+    first, *_ = next(iter(methods.values()))
     jobs = [(label, folders, tracked) for label, seeds in methods.items() for folders in seeds]
     jobs += [(label, first, make) for label, make in baselines(run).items()]
     rows, per_clip = {}, {}
@@ -504,7 +509,7 @@ def rollout(task, seed, size, imagine, generated, views=2, acted=10):
     """One try: observe, imagine, track, act on the first `acted` frames, again. 'success', or what failed first:
 
     tracking    the track left the script's path by more than 5 cm while lost, or in a true video;
-    generation  it did so in a generated video, and nothing was lost;
+    generation  it did so in a generated video, and was not lost while it was astray;
     execution   the hand followed the script, and still the object is not where it belongs.
     imagine(world, step, cameras, size) -> a clip with a prediction.
     """
@@ -513,6 +518,7 @@ def rollout(task, seed, size, imagine, generated, views=2, acted=10):
     script = world.demonstration[0]
     cameras = place_cameras(world, np.random.default_rng([task, seed, 2]), size, views)
     for frame in range(0, LIMIT, acted):
+        acted = min(acted, LIMIT - frame)
         path = track.track(imagine(world, frame * STRIDE, cameras, size))
         execute(world, path, acted)
         if world.success():
@@ -537,6 +543,7 @@ def rollouts(run, task, count, out, views=2, acted=10, frames=10, steps=None):
     for i in tqdm(range(count), desc="rollouts", unit="try"):
         for label, found in outcomes.items():
             found.append(rollout(task, ROLLOUT_SEED + i, size, imagine[label], label == "ours", views, acted))
+        write_json(out / "rollouts.json", outcomes)  # what an interrupted command leaves
     lines = [f"| | success | Wilson 95 % | failed: {' | failed: '.join(FAILURES)} |", "|---" * 6 + "|"]
     for label, found in outcomes.items():
         won, failed = found.count("success"), " | ".join(str(found.count(reason)) for reason in FAILURES)
@@ -594,12 +601,13 @@ def load(folder):
 
 def main():
     args = parse()
+    i3d = load_i3d(args.i3d)  # first: what follows may train for hours
     if args.mode == "predictions":
         top = Path(args.predictions)
         found = {str(path.parent.relative_to(top)): path.parent for path in sorted(top.rglob("prediction.npz"))}
         if not found:
             raise ValueError(f"--predictions {top}: no prediction.npz anywhere below it")
-        return compare({top.name or "predictions": [found]}, Path(args.out or top), args.i3d)
+        return compare({top.name or "predictions": [found]}, Path(args.out or top), i3d)
     run, folder = Path(args.run or f"runs/task_{args.task}"), Path(args.data or f"data/task_{args.task}")
     out = Path(args.out or run / args.mode)
     if args.mode == "rollout":
@@ -612,7 +620,7 @@ def main():
             target = (out if path == run else path / "evaluation") / f"seed_{seed}"
             methods.setdefault(label, []).append(sample_clips(
                 load(path), folder, args.clips or 24, target, seed, args.views, args.frames, args.steps))
-    compare(methods, out, args.i3d, load(runs["ours"][0]))
+    compare(methods, out, i3d, load(runs["ours"][0]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Writes prediction.npz, sheet.png and scene.gif into RUN/samples/NAME.
 
 Letters   B samples, V views (0 is the reference), S streams (0 RGB, 1 pointmap), T predicted frames,
           F = T + 1 with the observed one, A arms, C latent channels, D width of an image embedding,
-          h w latent cells, H W pixels, N points
+          h w latent cells, H W pixels
 
 References: EDM, arXiv 2206.00364 (its equation and algorithm numbers); DPM-Solver++, arXiv 2211.01095;
 SVD, arXiv 2311.15127; guidance, arXiv 2207.12598.
@@ -47,7 +47,7 @@ FAR_SHARE = 0.97        # of FAR: points beyond are the plane where unmeasured p
 
 # ------------------------------------ conditions
 # `run` is what load_run returns: model, vaes {"rgb", "pointmap"}, clip (the image encoder, or None),
-# info, folder, device, dtype.
+# info, folder, device, dtype, autocast.
 
 def encode_conditions(run, rgb, own_points):
     """What the observed frame tells the model. rgb, own_points (B, V, 3, H, W) in [-1, 1], points in
@@ -277,7 +277,9 @@ def write_film(path, clip, rgb=None):
 
 def read_info(folder):
     hint = f"train first, `python train.py --task N --out {folder}`"
-    return read_keys(Path(folder) / "model.json", hint, "preset", "mv_attention", "rgb_only", "vae", "init")
+    info = read_keys(path := Path(folder) / "model.json", hint, "preset", "mv_attention", "rgb_only", "vae", "init")
+    with data.reading(path, hint):
+        return info | dict(preset=asdict(Preset(**info["preset"])))
 
 
 def load_run(run, device="cpu", dtype=torch.float32):
@@ -324,7 +326,9 @@ def read_picture(path, kind, size=None):
     with data.reading(path):
         picture = np.asarray(imageio.imread(path))
     eight_bit, axes = picture.dtype == np.uint8, picture.ndim
-    good, needed = dict(rgb=(eight_bit and axes == 3, "an 8-bit RGB picture"), mask=(True, "a mask"),
+    coloured = axes == 3 and picture.shape[2] >= 3
+    good, needed = dict(rgb=(eight_bit and coloured, "an 8-bit RGB picture"),
+                        mask=(axes == 2 or coloured, "a grey or RGB mask"),
                         depth=(not eight_bit and axes == 2, "a picture of 16-bit millimetres"))[kind]
     if not good or size not in (None, picture.shape[:2]):
         raise ValueError(f"{path} is {picture.dtype} of shape {picture.shape}: {needed}, as large as its RGB "
@@ -456,6 +460,7 @@ def convert_released(path, out, preset=PRESETS["svd"], init=SVD_REPO):
     """Turns 4dgen.ckpt into a run folder like train.py's, or pointmap.ckpt / color.ckpt into
     vae_{pointmap,rgb}. Nothing that is pickled in the file is run. init: where CLIP comes from."""
     path, out = Path(path), Path(out)
+    alone = next((kind for word, kind in (("pointmap", "pointmap"), ("color", "rgb")) if word in path.name), None)
     preset = replace(preset, view_norm=False, resnet_eps=1e-5, tokens="crossed")
     try:
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # pages of the file, no copy
@@ -468,6 +473,9 @@ def convert_released(path, out, preset=PRESETS["svd"], init=SVD_REPO):
                 coder = preset.vae | dict(target_encoder=part != "vae")
                 modules[part] = Model4D(preset) if part == "model" else VAE(coder)
             modules[part].load_state_dict(tensors, strict=True, assign=True)
+        if not modules or "vae" in modules and not alone:
+            raise ValueError("holds no part of the model" if not modules else "is one VAE, and only its file's name says "
+                             "which: call it pointmap.ckpt or color.ckpt")
     except pickle.UnpicklingError:
         foreign = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or "objects"
         raise ValueError(f"{path} holds pickled {foreign}: not loaded, for safety") from None
@@ -479,7 +487,7 @@ def convert_released(path, out, preset=PRESETS["svd"], init=SVD_REPO):
             data.write_json(out / "model.json", dict(preset=asdict(preset), mv_attention="points", rgb_only=False,
                                                      init=init, vae=".", step=0, source=path.name))
         else:
-            kind = part if part != "vae" else "pointmap" if "pointmap" in path.name else "rgb"
+            kind = part if part != "vae" else alone
             save_vae(out / f"vae_{kind}.safetensors", module, dict(kind=kind, source=path.name))
 
 
@@ -519,7 +527,10 @@ def parse(argv=None):
             (own and not (args.depth and args.intrinsics), "--rgb needs --depth and --intrinsics too"),
             (not own and (args.depth or args.intrinsics or args.mask or args.pose or args.opening),
              "--depth, --intrinsics, --mask, --pose, --opening go with your own pictures: add --rgb, without --svd"),
-            (args.pose and not args.opening, "--pose needs --opening too, the metres between the fingers")):
+            (args.opening and not args.pose, "--opening goes with --pose"),
+            (args.rgb and args.data, "--data does nothing with --rgb: leave it out"),
+            (args.released and (args.task or args.rgb or args.data or args.steps or args.guidance is not None),
+             "--released takes nothing but --out")):
         if wrong:
             raise ValueError(says)
     return args
@@ -548,6 +559,8 @@ def main(argv=None):
     contact_sheet(out / "sheet.png", clip, f"{clip['name']}, seed {args.seed}")
     write_film(out / "scene.gif", clip)
     print(f"results: {out}/ (prediction.npz, sheet.png, scene.gif)")
+    if np.isnan(clip.get("view_in_ref", 0)).any():
+        raise ValueError("too little depth is measured in a view to recover its pose: track.py can't use this prediction")
 
 
 if __name__ == "__main__":

@@ -61,9 +61,9 @@ except ImportError:  # Windows: nothing keeps a second process out of a run fold
 # --mask_weight: a hand is few pixels, and one drawn a little too fat is still found; weighed like what is around it, it
 # fades. README, "What failed", has the figures.
 FLAGS = {
-    "steps": ([400, 12000, 30000], "optimiser steps"),
-    "single": ([0.9, 0.6, 0.0], "share of them, the first, on single frames"),
-    "single_batch": ([32, 64, 1], "single-frame samples a batch and process"),
+    "steps": ([800, 12000, 30000], "optimiser steps"),
+    "single": ([0.95, 0.6, 0.0], "share of them, the first, on single frames"),
+    "single_batch": ([16, 64, 1], "single-frame samples a batch and process"),
     "batch": ([2, 3, 1], "clips a batch and process"),
     "accumulate": ([1, 1, 4], "batches a step"),
     "lr": ([2e-3, 1e-3, 1e-5], "peak learning rate of AdamW"),

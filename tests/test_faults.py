@@ -123,7 +123,7 @@ sample.py --data ../base/data --run ../base/run | --clip -1 > --clip; --frames 9
 sample.py --data ../base/data --run ../base/run | --guidance nan > --guidance; --data nowhere > nowhere
 sample.py --run | ~m0 > model.json is damaged; ~m1 > model.json; ~m2 > model.json; ~w0 > model.safe; ~w1 > model.safe
 sample.py | --svd some/model --rgb @A.png > offline; --released ~r2/resume.pt --out new > resume.pt
-OWN | --depth @A_mm.png > --depth 1; --rgb no.png @B.png > no.png is missing; --pose X > --opening
+OWN | --depth @A_mm.png > --depth 1; --rgb no.png @B.png > no.png is missing; --opening .08 > --pose
 OWN | --depth ~d0/A_mm.png @B_mm.png > 16-bit; --depth ~d1/A_mm.png @B_mm.png > A_mm.png; --rgb ~a0/A.png @B.png > 8-bit
 OWN | --depth ~d2/A_mm.png @B_mm.png > as large; --intrinsics ~k0/K.npz > 'intrinsics'; --intrinsics @A.png > A.png
 OWN | --pose ~t0/K.npz --opening .04 > gripper_in_ref; --pose @K.npz --opening 80 > opening

@@ -41,11 +41,6 @@ def test_orders_of_the_solvers_on_a_gaussian():
         assert error(sample.sample_dpm, 8, s, 0.002, 700.0) < error(sample.sample_euler, 25, s, 0.002, 700.0)
 
 
-def fake_run(net, preset="tiny"):
-    net.preset = model.PRESETS[preset]
-    return SimpleNamespace(model=net)
-
-
 class Echo(torch.nn.Module):
     """Its clean estimate is the condition, so that guidance has a known effect."""
     calls = 0
@@ -57,7 +52,8 @@ class Echo(torch.nn.Module):
 
 @pytest.mark.parametrize("solver", [sample.sample_euler, sample.sample_dpm])
 def test_guidance_grows_over_the_frames_and_one_is_a_single_pass(solver):
-    cond, run = torch.full((1, 2, 2, 4, 3, 5), 2.0), fake_run(Echo())
+    cond, net = torch.full((1, 2, 2, 4, 3, 5), 2.0), Echo()
+    net.preset, run = model.PRESETS["tiny"], SimpleNamespace(model=net)
     plain = sample.sample_latents(run, cond, None, 3, 4, solver=solver)
     assert torch.allclose(plain, torch.tensor(2.0), atol=1e-5) and run.model.calls == 4
     guided = sample.sample_latents(run, cond, None, 3, 4, guidance=3.0, solver=solver)       # unconditional: 0
@@ -103,7 +99,7 @@ def test_predict_puts_the_documented_arrays_into_the_clip(untrained):
     assert not np.array_equal(made["rgb"], sample.predict(run, clip, steps=2, seed=1)["rgb"])
 
 
-def test_the_truth_through_the_code_and_back_has_its_pose(untrained, monkeypatch):
+def test_the_truth_through_the_code_and_back_has_its_pose(untrained):
     """A denoiser that knows the answer gives the truth back, and with it the other camera's pose."""
     run = sample.load_run(untrained)
     clips = data.Clips(untrained / "data", "test", (64, 80))
@@ -256,7 +252,8 @@ def test_commands(untrained, hub_folder, tmp_path):
     assert made["rgb"].shape == (1, 3, 256, 320, 3) and "points" not in made and (tmp_path / "scene.gif").exists()
 
 
-def test_flags_that_would_do_nothing_are_refused(untrained):
+def test_flags_that_would_do_nothing_are_refused(untrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                                # data/task_1 may well be there, in the repository
     for arguments, says in (("--svd X", "--rgb A.png"), ("--svd X --rgb a --depth b", "without --svd"),
                             ("--task 1 --guidance -1", "--guidance must be at least 0"),
                             ("--task 1 --rgb a b", "--depth and --intrinsics"), (f"--run {untrained}", "data/task_1")):
