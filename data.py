@@ -206,10 +206,13 @@ def reading(path, hint=""):
         yield
     except FileNotFoundError:
         raise ValueError(f"{path} is missing{hint}") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {str(error.strerror or error).splitlines()[0]}") from None
+    except (OSError, MemoryError) as error:
+        why = getattr(error, "strerror", None) or str(error) or "not enough memory"
+        raise ValueError(f"cannot read {path}: {why.splitlines()[0]}") from None
     except Exception as error:  # of zip, zlib, json, npy, ...: whatever a damaged file makes them raise
-        why, head = (str(error) or "it is empty").splitlines()[0], path.read_bytes()[:24]
+        why = (str(error) or "it is empty").splitlines()[0]
+        with open(path, "rb") as file:
+            head = file.read(24)
         raise ValueError(f"{path} is damaged ({why}; begins with {head}){hint or ': replace or delete it'}") from None
 
 
@@ -437,9 +440,9 @@ def truth_row(clip):
 def to_tensors(clip):
     """A clip as what the networks take. Without a truth F = 1, and points, moving and frame_index are absent.
 
-    rgb (V,F,3,H,W) in [-1, 1], points (V,F,3,H,W) normalised, valid (V,F,H,W), gripper (V,F,A,H,W), own_points
+    rgb (V,F,3,H,W) in [-1, 1], points (V,F,3,H,W) normalised, valid (V,F,H,W), gripper (V,F,H,W) of any hand, own_points
     (V,3,H,W): the observed ones in the view's own camera frame, all that a robot has, frame_index (T,), moving
-    (V,T,H,W): no point was observed in that pixel within MOVED of its true one.
+    (V,T,H,W): the true point is measured, and none was observed in that pixel within MOVED of it.
     """
     known = "true_rgb" in clip
     channels_first = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, -3)))
@@ -447,7 +450,7 @@ def to_tensors(clip):
     own, valid = point_maps(clip["observed_depth"], clip["intrinsics"].astype(np.float32))  # (V, H, W, 3)
     rgb, valid = frames(clip["observed_rgb"], "true_rgb"), frames(valid, "true_valid")
     labelled = "observed_gripper" in clip
-    gripper = frames(clip["observed_gripper"], "true_gripper") if labelled else np.zeros_like(valid[:, :, None])
+    gripper = frames(clip["observed_gripper"], "true_gripper").any(2) if labelled else np.zeros_like(valid)
     item = dict(rgb=channels_first(rgb) / 127.5 - 1, valid=torch.from_numpy(valid), gripper=torch.from_numpy(gripper),
                 own_points=normalize_points(channels_first(own)))
     if known:
@@ -472,7 +475,7 @@ def moving_starts(episode, frames=FRAMES):
     return [t for t in range(last + 1) if speed[t:t + window].max(initial=0) > MIN_SPEED]
 
 
-class Clips(torch.utils.data.Dataset):
+class Clips:
     """Clips of V views from the cameras and episodes of one split: [i] as tensors, .clip(i) as the metric dictionary,
     each a function of (seed, i) alone. `single`: one predicted frame (T = 1), the nearer of two random ones, for a
     robot acts on the first and looks again.
@@ -498,9 +501,6 @@ class Clips(torch.utils.data.Dataset):
             raise ValueError(f"no {split} episode of {folder} holds a moving clip of 1 + {frames} frames")
         self.size, self.views, self.frames = tuple(size), views, frames
         self.single, self.seed = single, seed
-
-    def __len__(self):
-        return 1 << 30
 
     def __getitem__(self, i):
         return to_tensors(self.clip(i))
@@ -606,8 +606,9 @@ def find_recorded(source, task):
     else:
         raise ValueError(f"--source {source}: no such folder (or say synthetic, or hub)")
     others, found = {t.folder for number, t in TASKS.items() if number != task}, {}
-    folders = [file.parent for file in files if file.name == "observations.npz" and not others & set(file.parts)]
-    for folder in sorted([folder for folder in folders if folder.name == "processed"] or folders, key=natural):
+    folders = {file.parent for file in files if file.name == "observations.npz" and not others & set(file.parts)}
+    raw = {folder for folder in folders if folder.name != "processed" and folder.with_name("processed") in folders}
+    for folder in sorted(folders - raw, key=natural):
         name = "_".join([part for part in folder.parts[1:] if part not in ("processed", "diffusion_spartan")][-2:])
         if name in found:
             raise ValueError(f"{found[name]} and {folder} would both be packed as {name}: rename one of them")
@@ -658,6 +659,8 @@ def pack_recorded(folder, out, task, size):
     for name in names:
         rgb = read_recorded(file, name, (frames, None, None, 3), kind="rgb")
         frames, *old_size = shape = rgb.shape[:3]
+        if min(np.array(old_size) - size) < 0:
+            raise ValueError(f"{file}: '{name}' has {size_text(old_size)} pixels, less than --size {size_text(size)}")
         depth = read_recorded(file, name + "_depth", shape, kind="depth")  # m
         label = np.zeros(shape, np.uint8)
         if labelled:
@@ -704,7 +707,8 @@ def report(folder):
     """Print what a packed episode holds, and how far from the others' the points of each camera are."""
     episode = load_episode(folder)
     points, valid = point_maps(episode.depth[:, 0] / 1000, episode.intrinsics)
-    clouds = [cloud[seen] for cloud, seen in zip(transform(points, episode.cam_in_world[:, 0]), valid)]
+    points, label = transform(points, episode.cam_in_world[:, 0]), episode.label[:, 0]  # in the world
+    clouds = [cloud[seen] for cloud, seen in zip(points, valid)]
     print(f"{folder}: {episode.cameras} cameras at {size_text(episode.size)}, {episode.frames} frames at "
           f"{episode.rate_hz:g} Hz, {len(moving_starts(episode))} moving clips; depth in {valid.mean():.0%} of the "
           f"pixels; {episode.gripper_opening.shape[1]} hands, {'' if episode.labelled else 'not '}labelled")
@@ -713,6 +717,11 @@ def report(folder):
         apart = 1000 * np.median(cKDTree(others).query(some)[0]) if len(some) and len(others) else np.nan
         doubt = "" if apart < 30 else "  <- check its extrinsics, intrinsics and depth unit"
         print(f"  camera {c + 1:2d} {name:10} cloud {apart:.0f} mm from the others'{doubt}")
+    for arm, hand in enumerate(episode.gripper_in_world[0]) if episode.labelled else ():
+        shown = points[valid & (label == RIGHT_GRIPPER + arm)]
+        apart = 1000 * np.linalg.norm(np.median(shown, 0) - hand[:3, 3]) if len(shown) else np.nan
+        doubt = "" if apart < 150 else "  <- check label_names and the hand's poses"
+        print(f"  hand {arm + 1}: {len(shown)} labelled pixels, {apart:.0f} mm from its pose{doubt}")
 
 
 # ------------------------------------ renderer
@@ -732,11 +741,11 @@ def ranges(first, count):
     return owner, np.arange(len(owner)) + np.repeat(first - (np.cumsum(count) - count), count)
 
 
-def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01, cull=False):
+def rasterize(vertices_in_cam, faces, intrinsics, height, width, cull=False):
     """A mesh in K pictures: depth (K,H,W) float32 m of the nearest surface (0: none), its face (K,H,W) (-1).
 
-    vertices_in_cam (K,N,3), faces (M,3), intrinsics (K,3,3) or (3,3). What is nearer than `near` is cut away. `cull`
-    leaves out faces whose corners run clockwise, the insides of closed meshes.
+    vertices_in_cam (K,N,3), faces (M,3), intrinsics (K,3,3) or (3,3). `cull` leaves out faces whose corners run
+    clockwise, the insides of closed meshes.
 
     With the corners' q_i = intrinsics v_i as columns of Q, the ray of pixel p = (x, y, 1) meets the face where all of
     w = Q^-1 p are >= 0, at 1/z = sum_i w_i: linear in x and y, and no vertex is divided by its z, so that faces that
@@ -746,14 +755,14 @@ def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01, cull
     K, pixels = len(vertices_in_cam), height * width
     # 1. The pixel box of every face in every picture. Most faces of a fine mesh end here.
     q = np.moveaxis(vertices_in_cam @ intrinsics.mT, -1, 0)  # (3,K,N), the last one is z
-    in_front = q[2] > near
+    in_front = q[2] > 0.01
     xy, last = q[:2] / np.where(in_front, q[2], 1), np.array([[[width - 1]], [[height - 1]]])
     low = np.ceil(np.where(in_front, xy, 0)[..., faces].min(-1).clip(0, 2**30))  # (2,K,M); a corner behind: no bound
     high = np.floor(np.where(in_front, xy, np.inf)[..., faces].max(-1).clip(max=last))
     view, face = np.nonzero((low <= high).all(0) & in_front[:, faces].any(-1))
     low, high = low[:, view, face].astype(int), high[:, view, face].astype(int)  # (2,n)
 
-    # 2. Four lines per face, as functions of (x, y, 1) that are >= 0 inside: its three edges, and z >= near.
+    # 2. The three edges of every face, as functions of (x, y, 1) that are >= 0 inside.
     q0, q1, q2 = (q[:, view, corner[face]] for corner in faces.T)  # (3,n)
     w = np.stack([np.cross(a, b, axis=0) for a, b in ((q1, q2), (q2, q0), (q0, q1))])  # (3,3,n)
     det = (w[0] * q0).sum(0)  # < 0: seen from its outside
@@ -761,11 +770,10 @@ def rasterize(vertices_in_cam, faces, intrinsics, height, width, near=0.01, cull
     view, face, low, high = view[visible], face[visible], low[:, visible], high[:, visible]
     w = w[..., visible] / det[visible]  # (3,3,n), the rows of Q^-1
     inverse_z = w.sum(0)  # (3,n)
-    lines = np.concatenate([w, (np.array([[0], [0], [1 / near]]) - inverse_z)[None]])  # (4,3,n)
 
     # 3. The span of pixels, start to stop, in every row of every face.
     tri, y = ranges(low[1], high[1] - low[1] + 1)
-    slope, offset = lines[:, 0, tri], lines[:, 1, tri] * y + lines[:, 2, tri]  # (4,rows)
+    slope, offset = w[:, 0, tri], w[:, 1, tri] * y + w[:, 2, tri]  # (3,rows)
     with np.errstate(divide="ignore", invalid="ignore"):
         root = -offset / slope
     left = np.where(slope > 0, root, np.where((slope == 0) & (offset < 0), np.inf, -np.inf)).max(0)
@@ -869,9 +877,12 @@ def load_mesh(path):
         text = Path(path).read_text("utf-8-sig", "replace").replace("\\\n", " ")
         words = [line.split() for line in text.splitlines()]
         vertices = np.array([w[1:4] for w in words if w[:1] == ["v"]], float)
-        polygons = [[int(v.split("/")[0]) for v in w[1:]] for w in words if w[:1] == ["f"]]
+        above = np.cumsum([w[:1] == ["v"] for w in words])  # vertices above each line
+        polygons = [[i - 1 if i > 0 else n + i for i in (int(v.split("/")[0]) for v in w[1:])]
+                    for n, w in zip(above, words) if w[:1] == ["f"]]  # counted from 1, or back from the last one above
         faces = np.array([(f[0], *pair) for f in polygons for pair in zip(f[1:], f[2:])])
-        faces = np.where(faces > 0, faces - 1, faces + len(vertices))  # counted from 1, or back from the end
+        if faces.min() < 0:
+            raise ValueError("a face has a vertex that is not there")
         extent = np.ptp(vertices[faces].reshape(-1, 3), axis=0).max()
     if not 0.001 <= extent <= 2:
         raise ValueError(f"{path} is {extent:g} m long, read in metres: scale it (from millimetres, by 0.001)")
@@ -1351,7 +1362,7 @@ def sample_cameras(draw, tips, size, count=16):
     sees every hand for more than 85 % of the time. tips (T,A,3): the finger tips in the world."""
     H, W = size
     cameras = []
-    while len(cameras) < count:
+    for _ in range(50_000):
         position = draw.uniform((0.2, -0.5, 0.7), (0.6, 0.5, 1.2))
         focal = draw.uniform(0.72, 0.92) * W
         K = np.array([[focal, 0, (W - 1) / 2], [0, focal, (H - 1) / 2], [0, 0, 1]])
@@ -1361,7 +1372,9 @@ def sample_cameras(draw, tips, size, count=16):
         seen = ((pixel >= 0) & (pixel <= (W - 1, H - 1))).all(-1) & (z > 0)
         if 0.7 <= np.linalg.norm(position) <= 1.2 and seen.mean(0).min() > 0.85:
             cameras.append((K, camera))
-    return tuple(np.stack(values) for values in zip(*cameras))
+        if len(cameras) == count:
+            return tuple(np.stack(values) for values in zip(*cameras))
+    raise ValueError(f"pictures of {size_text(size)} are too narrow or too flat for cameras to see the hands")
 
 
 def synthetic_episode(task, out, size, seed):

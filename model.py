@@ -50,7 +50,7 @@ class Preset:
     vae: dict                 # as the hub's vae/config.json, or {"patch_size", "components"}: a linear code
     clip: dict = None         # as the hub's image_encoder/config.json; None: one learned token instead
     prediction: str = "v"     # what the U-Net predicts: "v" as in SVD, or "change", see Model4D.forward
-    sigma_min: float = 0.002  # noise levels that sampling starts and ends with
+    sigma_min: float = 0.002  # noise levels that sampling ends and starts with
     sigma_max: float = 700.0
     view_heads: int = 8       # heads of the cross-view attention
     view_head_dim: int = 64   # channels a head
@@ -64,10 +64,8 @@ def unet_config(channels, heads, layers, latent_channels, context, groups, atten
     of every GroupNorm (absent: 32), and temporal_on_stills, whether single frames go through the layers along time.
     It writes one channel more than the latents have: see Model4D.forward.
 
-    attention_levels: how many levels have transformers, counted from the finest, or their numbers (the middle always
-    has one)."""
-    chosen = range(attention_levels) if isinstance(attention_levels, int) else attention_levels
-    attends = ["CrossAttn" * (level in chosen) for level in range(len(channels))]
+    attention_levels: how many levels have transformers, counted from the finest (the middle always has one)."""
+    attends = ["CrossAttn" * (level < attention_levels) for level in range(len(channels))]
     return dict(in_channels=2 * latent_channels, out_channels=latent_channels + 1, block_out_channels=list(channels),
                 num_attention_heads=list(heads), layers_per_block=layers, transformer_layers_per_block=1,
                 cross_attention_dim=context, addition_time_embed_dim=32, projection_class_embeddings_input_dim=96,
@@ -126,6 +124,8 @@ def load_pretrained(module_class, folder_or_repo, subfolder=None, dtype=torch.fl
     half = dtype in (torch.float16, torch.bfloat16)
     folder = hub_folder(folder_or_repo, subfolder or "", half)
     config = read_json(folder / "config.json", "give a folder in the hub's layout, or download it again")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}/config.json is damaged: give a folder in the hub's layout, or download it again")
     try:
         with torch.device("meta"):
             module = module_class(config)

@@ -298,6 +298,10 @@ def load_frozen(net, vae_folder, init, device="cpu", dtype=torch.float32):
     from `init`, a hub repo or a folder in the hub's layout."""
     vaes = {name: load_vae(Path(vae_folder) / f"vae_{name}.safetensors").to(device, dtype).eval()
             for name in ("rgb", "pointmap")[:2 - net.rgb_only]}
+    for name, vae in vaes.items():
+        if vae.config.get("components", vae.config.get("latent_channels")) != net.preset.unet["in_channels"] // 2:
+            raise ValueError(f"{vae_folder}/vae_{name}.safetensors is no code of preset {net.preset.name}: use another "
+                             "--vae or --out")
     return vaes, CLIPImageEncoder.from_pretrained(init, dtype=dtype, device=device) if net.preset.clip else None
 
 

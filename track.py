@@ -6,8 +6,8 @@
     python track.py --prediction P.npz --object box.obj                    # another rigid thing, from its masks
     python track.py --episode data/task_1/NAME --cameras 13 14             # true pointmaps, and how far off
 
-Letters   K hypotheses, N model points, M scene points, L look-ups (a hypothesis' point in a view), V views, F = 1
-          observed + T predicted frames, A arms
+Letters   K hypotheses, N model points, M scene points, L look-ups (a hypothesis' point in a view), R starts of a
+          search, O openings that are tried, V views, F = 1 observed + T predicted frames, A arms, H W pixels
 Frames    ref: the reference camera (view 0); gripper: Franka's hand frame (z out of the palm, fingers slide along y)
 Units     metres, seconds, pixels, degrees where said so; evidence is counted in model points
 
@@ -41,7 +41,7 @@ FLANGE = 0.09                          # m around the flange, behind the hand: w
 SAMPLE = 4000                          # scene points, at most, that a fit uses
 VOXEL, SEARCHED = 0.03, 60             # m and model points, of the search: as fine as ICP needs it
 REACH, TURN = 0.3, 45                  # m and degrees a hand goes in half a second; twice as many seldom
-HYPOTHESES = 32                        # places that the search hands to ICP, half of them without a turn
+PLACES = 16                            # that the search hands to ICP without a turn; with each turn, one
 ROUNDS = (0.06, 19), (0.03, 12), (0.015, 3)  # m that a correspondence reaches in each round of ICP, and places left
 FINE = ROUNDS[-1][0]
 SLIP = 0.1                             # resistance to sliding along the planes of a fit; a third in the last one
@@ -59,7 +59,7 @@ EVENT = 0.007                          # m, the fingers' way beyond which they h
 
 def sample_surface(vertices, faces, count):
     """`count` points (count,3) spread evenly over a mesh, and their outward normals (corners counter-clockwise)."""
-    corners = vertices[faces]                                # (M,3,3)
+    corners = vertices[faces]                                # (faces,3,3)
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     area, draw = np.linalg.norm(normals, axis=1), np.random.default_rng(0)
     share = (np.arange(count) + draw.random(count)) / count  # one draw in each of `count` equal shares of the area
@@ -405,7 +405,7 @@ def settle(hand, scene, cloud, poses, cost):
 # ----------------------------------------------------------------------------------------------------- the fingers
 
 def finger_profile(model, scene, pose):
-    """How well (W,) the fingers fit at each of WIDTHS: points that agree less those that the views look through. Flat
+    """How well (O,) the fingers fit at each of WIDTHS: points that agree less those that the views look through. Flat
     where the hand, or what it holds, hides them."""
     fingers = part(model, model.slide != 0)
     seen = compare(fingers, scene, np.repeat(pose[None], len(WIDTHS), 0), WIDTHS, fingers=True)
@@ -418,12 +418,12 @@ def likeliest(profile, before):
 
 
 def opening_path(profiles, way, first):
-    """The likeliest widths (F,) of a whole video: the Viterbi path through the frames' profiles (F,W).
+    """The likeliest widths (F,) of a whole video: the Viterbi path through the frames' profiles (F,O).
 
     way (F-1,) m, how far the hand moved between two frames: fingers close and open while it rests, so that a change
     which no view shows is put where the hand moved least. first: the width at frame 0, m.
     """
-    change = np.minimum(np.abs(np.subtract.outer(WIDTHS, WIDTHS)) / EVENT, 1)  # (W now, W before)
+    change = np.minimum(np.abs(np.subtract.outer(WIDTHS, WIDTHS)) / EVENT, 1)  # (O now, O before)
     total, back = -(((WIDTHS - first) / WIDTHS[1])**2), []
     for profile, moved in zip(profiles[1:], way):
         options = total - np.interp(moved, (0, TRAVEL[0]), CHANGE) * change
@@ -491,6 +491,8 @@ def track_one(model, scene, state, dt):
     reach = REACH * min(2 * dt * frames, 1.5)  # no farther, for the search's time
     lost = lambda why: SimpleNamespace(**vars(state) | dict(
         lost=True, why=why, missed=frames, motion=np.eye(4), fitness=0.0, inlier_rmse=np.nan, profile=0 * WIDTHS))
+    if np.isnan(state.pose).any():
+        return lost(state.why)
     cloud = nearby(scene, state.pose[:3, 3], reach + model.reach)
     if cloud is None:
         return lost("nothing that moved is measured within reach; "
@@ -502,7 +504,7 @@ def track_one(model, scene, state, dt):
     for turns in TURNS:  # where nothing fits, search; then far turned
         if len(turns):
             starts = data.pose(np.tile(state.pose[:3, 3], (len(turns), 1)), state.pose[:3, :3] @ turns)
-            peaks = [HYPOTHESES // 2] + [HYPOTHESES // 2 // len(turns) + 1] * (len(turns) - 1)
+            peaks = np.where(data.rotation_angle(turns) < 1e-3, PLACES, 1)
             poses = np.concatenate([poses, search(hand, scene, cloud, state.pose[:3, 3], reach, starts, peaks)])
         poses = settle(hand, scene, cloud, poses, cost)
         seen = look(poses)
@@ -557,7 +559,8 @@ def register(model, scene, mask):
 
     The hand looks nearly the same after half a turn about its approach axis: the better of both is returned.
     """
-    scene = make_scene(scene.depth, scene.intrinsics, scene.view_in_ref, still=~mask)  # as good as scenery
+    depth = scene.depth * mask.any((1, 2), keepdims=True)  # a view without a mask says nothing
+    scene = make_scene(depth, scene.intrinsics, scene.view_in_ref, still=~mask)  # the rest is as good as scenery
     centre = np.median(np.append(scene.points[scene.candidates], [[0, 0, 0]], 0), axis=0).astype(float)
     cloud, hand = nearby(scene, centre, REACH / 3 + model.reach), part(model, model.slide == 0)
     if cloud is None:
@@ -589,7 +592,8 @@ def first_state(model, scene, pose, opening):
         seen = compare(model, scene, pose[None], [opening])
         why = "the views look through where it should be" if seen.through[0] > seen.agree[0] else ""
     return model, SimpleNamespace(pose=pose, motion=np.eye(4), opening=float(opening), missed=int(why != ""),
-                                  lost=why != "", why=why, fitness=1.0, inlier_rmse=0.0, profile=0 * WIDTHS)
+                                  lost=why != "", why=why, fitness=float(why == ""),
+                                  inlier_rmse=np.nan if why else 0.0, profile=0 * WIDTHS)
 
 
 def track(clip, init="auto", model=None):
@@ -609,6 +613,8 @@ def track(clip, init="auto", model=None):
         poses, openings = clip["observed_gripper_in_ref"], clip.get("observed_opening")
         if openings is None:
             openings = [likeliest(finger_profile(model, observed, pose), STROKE) for pose in poses]
+        elif max(openings) > STROKE + EVENT:
+            raise ValueError(f"'observed_opening' is {max(openings):g} m: STROKE in track.py, {STROKE:g} m, is too small")
     else:
         poses, openings = map(np.stack, zip(*(register(model, observed, mask)
                                               for mask in clip["observed_gripper"].swapaxes(0, 1))))
@@ -654,7 +660,7 @@ def report(clip, trajectory):
     for a, lost in enumerate(trajectory["lost"].T):
         found = np.flatnonzero(~lost[1:]) + 1
         print(f"hand {a + 1}: {len(found)} of {len(lost) - 1} predicted frames tracked")
-        if "true_opening" in clip and len(found):
+        if "true_gripper_in_ref" in clip and len(found):
             shift, turn = pose_errors(trajectory["gripper_in_ref"][found, a], clip["true_gripper_in_ref"][found, a])
             print(f"  off by {1000 * np.median(shift):.1f} mm and {np.median(turn):.1f} degrees in the median, "
                   f"{1000 * shift.max():.0f} mm and {turn.max():.0f} degrees at most")
@@ -669,7 +675,8 @@ def main():
     source.add_argument("--episode", metavar="DIR", help="packed episode of data.py: its true pointmaps are tracked")
     add("--cameras", type=int, nargs="+", default=[13, 14], help="of --episode, the reference first [13 14]")
     add("--init", choices=("auto", "pose", "mask"), default="auto",
-        help="first pose from the robot or from masks [auto: the robot's where it is known]")
+        help="first pose from the robot, or from masks, which leave half a turn about the approach axis open (and with "
+             "it the signs of x and y in gripper_motion) [auto: the robot's where it is known]")
     add("--hand", metavar="OBJ", help="mesh of the hand without fingers, metres, hand frame [built-in]")
     add("--finger", metavar="OBJ", help="mesh of the left finger at opening 0, metres, hand frame [built-in]")
     add("--object", metavar="OBJ", help="mesh, metres, of another rigid thing: tracked from its masks observed_object")
@@ -683,6 +690,8 @@ def main():
         clip = data.read_npz(args.prediction, "sample.py writes it")
     model = make_model([(*load_mesh(args.object), 0.0)], [800]) if args.object else hand_model(args.hand, args.finger)
     if args.object:
+        if args.hand or args.finger or args.init == "pose":
+            raise ValueError("--object is tracked from its masks alone: leave out --hand, --finger, --init pose")
         if "observed_object" not in clip:
             raise ValueError("--object: the clip has no 'observed_object', the thing's masks (V, H, W)")
         clip = {key: value for key, value in clip.items() if "gripper" not in key and "opening" not in key}
@@ -691,7 +700,6 @@ def main():
     if "ref_in_world" in clip:
         trajectory["gripper_in_world"] = clip["ref_in_world"] @ trajectory["gripper_in_ref"]
     out, clip = args.out or (Path("runs/track") if args.episode else args.prediction.parent), data.check_clip(clip)
-    out.mkdir(parents=True, exist_ok=True)
     data.write_npz(out / "trajectory.npz", trajectory)
     report(clip, trajectory)
     write_film(out / "overlay.gif", clip, outlined(clip, trajectory, model))

@@ -28,6 +28,7 @@ import math
 import os
 import signal
 import time
+import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -132,7 +133,7 @@ def training_loss(net, x_0, cond, embeds, item, noise, sigma, args, codes=None):
         error = (error + args.huber ** 2).sqrt() - args.huber
 
     cell = item["valid"].shape[-1] // error.shape[-1]
-    gripper = cell_share(item["gripper"][:, :, 1:].any(3), cell)  # (B, V, T, h, w)
+    gripper = cell_share(item["gripper"][:, :, 1:], cell)  # (B, V, T, h, w)
     gripper = F.max_pool2d(gripper.flatten(0, 2), 3, stride=1, padding=1).view_as(gripper) > 0
     moving = cell_share(item["moving"], cell) > 0
     important = 1 + args.mask_weight * gripper + args.moving_weight * moving
@@ -206,12 +207,12 @@ class Muon(torch.optim.Optimizer):
                                 alpha=-group["lr"])
 
 
-def orthogonal(matrices, bf16=False, steps=5):
+def orthogonal(matrices, bf16=False):
     """(K, rows, columns) -> the nearest matrices with singular values near 1, by Jordan's Newton-Schulz iteration."""
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     x = x.bfloat16() if bf16 else x
     x = x.mT if x.shape[1] > x.shape[2] else x
-    for _ in range(steps):
+    for _ in range(5):
         a = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x if x.shape == matrices.shape else x.mT).to(matrices.dtype)
@@ -495,7 +496,7 @@ def train(run, log, stop):
     for phase, last in ((SINGLE_FRAMES, round(args.single * args.steps)), (WHOLE_CLIPS, args.steps)):
         if step >= last:
             continue
-        net = None  # two wrappers on one model would both average
+        net = None  # frees the gradients' buckets of the phase before
         net, loader = wrapped(run, phase), batches(run, phase, step, last)
         while step < last:
             schedule = min(1, (step + 1) / args.warmup) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
@@ -524,11 +525,15 @@ def train(run, log, stop):
                 log.write(step=step, loss=loss, lr=args.lr * schedule, grad_norm=round(norm.item(), 4),
                           seconds=round((time.time() - began) / len(losses), 4))
                 progress.set_postfix(loss=f"{loss:.3f}")
-                losses, began = [], time.time()
+                began = time.time()
+            if step % LOG_EVERY == 0:
+                losses = []
+            paused = time.time()
             if run.rank == 0 and (step % args.save_every == 0 or evaluates(step) or not go_on):
                 save(run, step)
             if run.rank == 0 and evaluates(step) and go_on:
                 show(run, step, log, stop)
+            began += time.time() - paused
             if not go_on:
                 return step
     progress.close()
@@ -588,8 +593,10 @@ def resolve(given):
     kept = sorted(before.keys() - {"out", "dry_run"})
     changed = [name for name in kept if given.get(name, before[name]) != before[name]]
     holds, flag = (folder, "--out") if saved else (given.get("init"), "--init")
-    for name in {"preset", "mv_attention", "rgb_only", "low_memory"}.intersection(changed):
+    for name in {"preset", "mv_attention", "rgb_only", "low_memory", "minutes"}.intersection(changed):
         raise ValueError(f"{holds} holds a run with {name} {before[name]}: use another {flag}")
+    if "muon_lr" in changed and 0 in (before["muon_lr"], given["muon_lr"]):  # moments would meet other tensors
+        raise ValueError(f"{holds} holds a run with muon_lr {before['muon_lr']}: it can't begin or end at 0")
     if changed:
         print("changed settings: " + ", ".join(f"{name} {before[name]} -> {given[name]}" for name in changed))
     preset = given.get("preset") or before.get("preset")
@@ -601,14 +608,19 @@ def resolve(given):
                 for name, (value, _) in FLAGS.items()}
     settings.update(dict(muon_lr=0.0, ema=0.0, accumulate=1) if given.get("low_memory") else {})
     args = SimpleNamespace(**{**settings, **before, **given, "preset": preset})
-    least = dict(steps=1, batch=1, single_batch=1, accumulate=1, warmup=1, save_every=1, views=2, seed=0, minutes=0)
+    least = dict(steps=1, batch=1, single_batch=1, accumulate=1, warmup=1, save_every=1, views=2, seed=0, minutes=0,
+                 weight_cap=0, huber=0, mask_weight=0, moving_weight=0, lambda_3d=0)
     for wrong, says in (
             *((not getattr(args, name) >= value, f"--{name} must be at least {value}, not {getattr(args, name)}")
               for name, value in least.items()),
-            (not 0 <= args.single <= 1, f"--single is a share of the steps, 0 to 1, not {args.single}"),
+            *((not 0 <= getattr(args, name) <= 1, f"--{name} is a share, 0 to 1, not {getattr(args, name)}")
+              for name in ("single", "dropout", "ema")),
+            (args.seed > 10**9 or args.minutes > 10**6, "--seed is at most 10^9 and --minutes 10^6"),
             (not (0 < args.lr < 1 and 0 <= args.muon_lr < 1), f"--lr {args.lr:g}, --muon_lr {args.muon_lr:g}: weights "
              "move by so much in each step, and no network survives that from 1 on"),
             ({"steps", "minutes"} <= set(given), "--steps and --minutes both say how long to train: give one of them"),
+            (saved and origin and "init" in changed, f"{folder} goes on from its own weights, not from --init "
+             f"{args.init}: use another --out"),
             ("init" in given and not origin and preset != "svd", f"--init {args.init} is no run folder, and published "
              f"weights are for --preset svd, not {preset}"),
             (args.low_memory and (args.muon_lr or args.ema or args.accumulate > 1 or "WORLD_SIZE" in os.environ),
@@ -626,7 +638,7 @@ def report(args, net, world):
         frozen = sum(count(VAE(net.preset.vae)) for _ in range(2 - args.rgb_only)) + count(
             CLIPImageEncoder(net.preset.clip)) if net.preset.clip else 0
     each, low = (2, 0.81) if args.low_memory else (4, 1)
-    in_clips, alone = ACTIVATIONS[net.preset.name]
+    in_clips, alone = ACTIVATIONS.get(net.preset.name, (math.nan, math.nan))  # nan: not counted yet
     frames = max(in_clips * data.FRAMES * args.batch, alone * args.single_batch * (args.single > 0))
     memory = dict(weights=each * count(net), gradients=0 if args.low_memory else 4 * (adamw + muon),
                   moments=each * (2 * adamw + muon), average=4 * count(net) * bool(args.ema), frozen=2 * frozen,
@@ -647,7 +659,7 @@ def stage_one(run_data, args, preset, folder):
     if not all((folder / f"vae_{name}.json").exists() for name in ("rgb", "pointmap")[:2 - args.rgb_only]):
         print(f"stage 1: no VAE in {folder}: making it there")
         make_codes(["--task", str(args.task), "--data", str(run_data), "--preset", preset.name, "--out", str(folder),
-                  "--seed", str(args.seed)] + ["--init", args.init])
+                    "--seed", str(args.seed), "--init", args.init] + ["--rgb_only"] * args.rgb_only)
 
 
 def start(args, preset, folder, saved, device):
@@ -732,16 +744,23 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")
     run = start(args, preset, folder, saved, device)
     run.data, run.rank, run.world = source, rank, world
+    if rank == 0 and saved and not weights_of(folder, run.step):
+        save(run, run.step)  # its weights are lost or damaged, and resume.pt has them
+    saved = None  # it maps files that the next save replaces
     if args.minutes and not run.step:
         args.steps = steps_in(args.minutes, run)
     log = None
     if rank == 0:
         log = Log(run)
         report(args, run.model, world)
-        print(f"training {preset.name} on {device} in {'bf16' if run.bf16 else 'fp32'}, steps {run.step} to "
-              f"{args.steps}, in {folder}/")
+        precision = "bf16" if run.bf16 or args.low_memory else "fp32"
+        print(f"training {preset.name} on {device} in {precision}, steps {run.step} to {args.steps}, in {folder}/")
     stop.saves = True
-    step = train(run, log, stop)
+    try:
+        step = train(run, log, stop)
+    except BaseException as error:  # lets go of the loader, whose processes ignore the signal by which Python ends them
+        traceback.clear_frames(error.__traceback__)
+        raise
     if rank == 0:
         print(f"stopped at step {step}; the same command goes on from there" if step < args.steps or stop.asked else
               f"done: model.safetensors, {sheet(run, step).name} in {folder}/; next: python sample.py --run {folder}")
@@ -752,5 +771,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        raise SystemExit(f"train.py: {str(error) or 'interrupted'}")
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"train.py: {str(error)[:100]}: lower --batch and --single_batch, or --low_memory")
+    except (ValueError, OSError, KeyboardInterrupt) as error:  # of a loading process's the last line is the message
+        raise SystemExit(f"train.py: {(str(error).strip() or 'interrupted').splitlines()[-1]}")

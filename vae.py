@@ -13,7 +13,6 @@ References: the linear code is the best that a linear VAE can be, in closed form
 1911.02469; Stable Video Diffusion, arXiv 2311.15127; the pointmap VAE, arXiv 2507.01099.
 """
 import argparse
-import pickle
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -365,12 +364,11 @@ def tune(args, clips, path, device):
     saved_as, first = path.with_suffix(".resume.pt"), 0
     settings = {name: getattr(args, name) for name in ("init", "steps", "lr", "frames", "seed")}
     if saved_as.exists():
-        try:
+        with data.reading(saved_as, "delete it to start again"):
             saved = torch.load(saved_as, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{saved_as} is damaged ({str(error)[:80]!r}): delete it to start again") from None
-        if saved["settings"] != settings:
-            raise ValueError(f"{saved_as} was started with {saved['settings']}: give these flags, or delete it")
+            started_with = saved["settings"]
+        if started_with != settings:
+            raise ValueError(f"{saved_as} was started with {started_with}: give these flags, or delete it")
         coder.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
@@ -410,6 +408,7 @@ def parse(argv=None):
     add("--frames", type=int, default=5, help="svd: frames of a video, 1 to 11 [5]")
     add("--save_every", type=int, default=200, help="svd: steps between two saves, from which a stopped run goes on "
         "[200]")
+    add("--rgb_only", action="store_true", help="no code of pointmaps")
     args = parser.parse_args(argv)
     if args.preset == "auto":
         args.preset, why = choose_preset()
@@ -432,9 +431,13 @@ def main(argv=None):
         print(f"no episodes in {folder}: rendering the synthetic world's there (recorded ones: see data.py)")
         data.prepare(args.task, folder, size=size)
     moments = data.Clips(folder, "train", size, single=True, seed=args.seed)
-    for kind in KINDS:
+    for kind in KINDS[:2 - args.rgb_only]:
         path = out / f"vae_{kind}.safetensors"
-        if path.with_suffix(".json").exists():
+        about = path.with_suffix(".json")
+        if path.exists() and about.exists():
+            made_for = read_keys(about, "delete it, and it is made anew", "config").get("preset", preset.name)
+            if made_for != preset.name:
+                raise ValueError(f"{path} is the code of preset {made_for}, not {preset.name}: use another --out")
             print(f"{path} is there: not made again (delete its .json to do so)")
             continue
         if "components" in preset.vae:
@@ -444,10 +447,11 @@ def main(argv=None):
             coder = VAE.from_pretrained(args.init).to(device)
         else:
             coder = tune(args, data.Clips(folder, "train", size, seed=args.seed), path, device)
-        scores = evaluate(coder, kind, data.Clips(folder, "test", size, single=True, seed=args.seed + 1), device)
+        test = data.Clips(folder, "test", size, single=True, seed=args.seed + 1)
+        scores = evaluate(coder, kind, test, device)
         save_vae(path, coder, dict(kind=kind, preset=preset.name, scores=scores))
         path.with_suffix(".resume.pt").unlink(missing_ok=True)
-        print(f"{path}: held-out " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        print(f"{path}: {'held out' if test.held_out else 'not held out'}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def make_item(preset, batch, device):
     picture = lambda *shape: torch.rand(batch, V, *shape, H, W, device=device) * 2 - 1
     mask = lambda *shape: torch.ones(batch, V, *shape, H, W, dtype=torch.bool, device=device)
     noise = torch.randn(batch, V, 2, T, preset.unet["in_channels"] // 2, H // cell, W // cell, device=device)
-    return dict(rgb=picture(T + 1, 3), points=picture(T + 1, 3), own_points=picture(3), gripper=mask(T + 1, 1),
+    return dict(rgb=picture(T + 1, 3), points=picture(T + 1, 3), own_points=picture(3), gripper=mask(T + 1),
                 moving=mask(T), valid=mask(T + 1), frame_index=torch.arange(T, device=device).expand(batch, T),
                 noise=noise, sigma=torch.full((batch,), 3.0, device=device),
                 keep=torch.ones(batch, 2, dtype=torch.bool, device=device))

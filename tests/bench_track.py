@@ -68,9 +68,7 @@ def removed(clip):
 
 
 def first_view(clip):
-    V = len(clip["rgb"])
-    return {key: value[:1] if data.CLIP.get(key, "?")[0].startswith("V") else value for key, value in clip.items()
-            } if V > 1 else clip
+    return {key: value[:1] if data.CLIP.get(key, "?")[0].startswith("V") else value for key, value in clip.items()}
 
 
 def starts(episode, row):
@@ -136,12 +134,10 @@ def one_row(args, row, model):
     found, spent, extra = [], 0.0, []
     for seed in args.seeds:
         for clip in tqdm(clips(args, row, seed), desc=row, total=len(args.folders), disable=not sys.stderr.isatty()):
-            if row == "mask":                             # the first frames say all: two are tracked
-                clip |= {key: clip[key][:, :1] for key in ("rgb", "points", "valid")}
-                clip = {key: value for key, value in clip.items() if not key.startswith("true_") or "in_ref" in key}
-                clip |= dict(true_gripper_in_ref=clip["true_gripper_in_ref"][:2], frame_index=np.zeros(1, int))
-                del clip["true_view_in_ref"]
-                extra += first_poses(clip, track.track(clip, "mask", model))
+            if row == "mask":                             # the first frame says all: one more is tracked
+                short = {key: value for key, value in clip.items() if key != "frame_index" and "true_" not in key}
+                short |= {key: clip[key][:, :1] for key in ("rgb", "points", "valid")}
+                extra += first_poses(clip, track.track(short, "mask", model))
                 continue
             before = time.process_time()
             result = track.track(clip, "pose", model)

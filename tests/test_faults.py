@@ -127,6 +127,9 @@ OWN | --depth @A_mm.png > --depth 1; --rgb no.png @B.png > no.png is missing; --
 OWN | --depth ~d0/A_mm.png @B_mm.png > 16-bit; --depth ~d1/A_mm.png @B_mm.png > A_mm.png; --rgb ~a0/A.png @B.png > 8-bit
 OWN | --depth ~d2/A_mm.png @B_mm.png > as large; --intrinsics ~k0/K.npz > 'intrinsics'; --intrinsics @A.png > A.png
 OWN | --pose ~t0/K.npz --opening .04 > gripper_in_ref; --pose @K.npz --opening 80 > opening
+track.py --prediction | no.npz > is missing; ~p0/prediction.npz > damaged; ~p1/prediction.npz > 'rgb'
+track.py --prediction ../base/out/prediction.npz | --hand X > --finger; --object no.obj > no.obj is missing
+track.py --episode | nowhere > cameras.npz is missing; ../base/data/E --cameras 1 99 > not cameras 1, 99
 evaluate.py --predictions | ~h0 > no prediction.npz; ~p0 > npz is damaged; ~p1 > npz: 'rgb'; ~p2 > npz: 'points'
 """
 OWN = "sample.py --run ../base/run --rgb @A.png @B.png --depth @A_mm.png @B_mm.png --intrinsics @K.npz"

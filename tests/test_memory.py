@@ -70,7 +70,7 @@ def peak_of_a_step(args, autocast, B, T):
                               optimizers=train.optimizers_of(net, args),
                               autocast=lambda: setattr(autocast, "on", not low) or nullcontext())
         P, C, cell = (preset.height, preset.width), preset.unet["in_channels"] // 2, vaes["rgb"].cell
-        masks = dict(valid=e(B, V, T + 1, *P) > 0, gripper=e(B, V, T + 1, 2, *P) > 0, moving=e(B, V, T, *P) > 0)
+        masks = dict(valid=e(B, V, T + 1, *P) > 0, gripper=e(B, V, T + 1, *P) > 0, moving=e(B, V, T, *P) > 0)
         item = dict(masks, rgb=e(B, V, T + 1, 3, *P), points=e(B, V, T + 1, 3, *P), own_points=e(B, V, 3, *P),
                     sigma=e(B), keep=e(B, 2), frame_index=e(B, T), noise=e(B, V, 2, T, C, P[0] // cell, P[1] // cell))
         for p in (trained := [p for p in net.parameters() if p.requires_grad]):

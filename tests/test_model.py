@@ -150,13 +150,12 @@ def test_a_fresh_clip_is_frames_one_by_one():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("levels", [0, 1, 2, (1,)])
+@pytest.mark.parametrize("levels", [0, 1, 2])
 def test_attention_at_any_level_and_any_latent_size(levels):
     unet = unet_config((16, 32), (2, 2), 1, 4, 12, 8, levels) | {"out_channels": 4}
     preset = dataclasses.replace(SMALL, unet=unet)
     net = built(preset)
-    attending = range(levels) if isinstance(levels, int) else levels
-    assert [len(block.attentions) > 0 for block in net.unet.down_blocks] == [level in attending for level in (0, 1)]
+    assert [len(block.attentions) > 0 for block in net.unet.down_blocks] == [level < levels for level in (0, 1)]
     for h, w in [(8, 10), (16, 20), (5, 7), (1, 3)]:
         noisy, sigma, cond, _ = inputs(B=1, T=2, h=h, w=w)
         assert net(noisy, sigma, cond).shape == noisy.shape

@@ -14,7 +14,7 @@ import track
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"(?:python|train\.py|accumulate \d|4)? ?\b((?:data|vae|train|sample|track|evaluate)\.py (?:--\S.*|-\S.*))", README)
+COMMANDS = re.findall(r"\b((?:data|vae|train|sample|track|evaluate)\.py +-\S.*)", README)
 
 
 @pytest.mark.parametrize("script", ["data.py", "vae.py", "train.py", "sample.py", "track.py", "evaluate.py"])

@@ -284,7 +284,7 @@ def test_load_broken_files(tmp_path):
         refused(load, str(path), "damaged")
     path.unlink()
     refused(load, str(folder), "no .safetensors file")
-    for text, word in (('{"hello": 1}', "lacks the key"), ('{"half a', "config.json")):
+    for text, word in (('{"hello": 1}', "lacks the key"), ('{"half a', "config.json"), ("[]", "config.json")):
         config.write_text(text)
         refused(load, str(config), word)
     refused(lambda: UNet.from_pretrained(tmp_path / "nowhere"), "nowhere", "neither a folder nor a hub repo")

@@ -152,7 +152,7 @@ def test_path_opening_and_keys(video, tracked):
     assert {key: value.shape for key, value in tracked.items()} == dict(
         gripper_in_ref=(7, 1, 4, 4), gripper_motion=(6, 1, 4, 4),
         **dict.fromkeys(("opening", "closed", "lost", "why", "fitness", "inlier_rmse"), (7, 1)))
-    assert tracked["fitness"].min() > 0.5 and tracked["inlier_rmse"].max() < track.AGREE
+    assert tracked["fitness"].min() > 0.5 and tracked["inlier_rmse"].max() < 0.6 * track.AGREE
 
 
 def test_motion_is_in_the_grippers_own_frame(tracked):
@@ -284,8 +284,12 @@ def test_first_pose_from_the_mask(video):
     truth = video["true_gripper_in_ref"][0, 0]
     shift, turn = min((pose_errors(pose, true) for true in (truth, truth @ track.HALF_TURN)), key=lambda off: off[1])
     assert shift < 0.01 and turn < 5 and abs(opening - 0.078) < 0.01
-    nothing, _ = track.register(track.hand_model(), scene_of(video), np.zeros(video["observed_depth"].shape, bool))
-    assert np.isnan(nothing).all()
+    masks = video["observed_gripper"] & np.array([False, True])[:, None, None, None]  # one view shows it alone
+    pose, _ = track.register(track.hand_model(), scene_of(video), masks[:, 0])
+    assert np.linalg.norm(pose[:3, 3] - truth[:3, 3]) < 0.015
+    nothing = track.track({**video, "observed_gripper": masks & False}, "mask")
+    assert nothing["lost"].all() and not nothing["fitness"].any()
+    assert set(nothing["why"].ravel()) == {"no mask shows enough of it"}
 
 
 def test_a_given_pose_that_is_looked_through_is_lost_at_once(video):
@@ -404,4 +408,11 @@ def test_one_line_errors(tmp_path, video):
         track.track({**video, "valid": video["valid"][:1]})
     with pytest.raises(ValueError, match="--hand and --finger"):
         track.hand_model(hand="hand.obj")
-    assert not track.track(without("observed_opening"))["lost"].any()       # the first opening is looked for
+    with pytest.raises(ValueError, match="STROKE"):
+        track.track({**video, "observed_opening": np.array([0.12])})
+
+
+def test_an_unknown_first_opening_is_looked_for():
+    clip = clip_of([tuple(x[3:5] for x in path())])                         # closed at first
+    del clip["observed_opening"]
+    assert np.abs(track.track(clip)["opening"] - 0.03).max() < 0.005
