@@ -270,6 +270,15 @@ def test_any_camera_names_one_arm_and_no_labels(recording, tmp_path, capsys):
     says(lambda: data.pack_recorded(folder, tmp_path / "none", 1, SIZE), "has 1 cameras")
 
 
+def test_labels_are_held_against_the_hands(recording, tmp_path, capsys):
+    folder, _ = recording
+    data.prepare(1, tmp_path / "right", folder.parents[1], SIZE)
+    assert "hand 2:" in (said := capsys.readouterr().out) and "check label_names" not in said
+    (folder / "metadata.yaml").write_text("rate_hz: 2")                      # without names, the public ids are meant
+    data.prepare(1, tmp_path / "wrong", folder.parents[1], SIZE)
+    assert "<- check label_names" in capsys.readouterr().out
+
+
 def test_damaged_still_and_small_episodes_are_named(packed, episode, tmp_path):
     folder = tmp_path / "one"
     shutil.copytree(packed / NAME, folder)
