@@ -41,9 +41,10 @@ FLANGE = 0.09                          # m around the flange, behind the hand: w
 SAMPLE = 4000                          # scene points, at most, that a fit uses
 VOXEL, SEARCHED = 0.03, 60             # m and model points, of the search: as fine as ICP needs it
 REACH, TURN = 0.3, 45                  # m and degrees a hand goes in half a second; twice as many seldom
-PLACES = 16                            # that the search hands to ICP without a turn; with each turn, one
+PLACES = 16                            # that the search hands to ICP without a turn; with one, as many, or one a turn
 ROUNDS = (0.06, 19), (0.03, 12), (0.015, 3)  # m that a correspondence reaches in each round of ICP, and places left
 FINE = ROUNDS[-1][0]
+WIDE = 6                               # times as many places are left while a first pose is looked for, turned anyhow
 SLIP = 0.1                             # resistance to sliding along the planes of a fit; a third in the last one
 THROUGH = 5                            # points that one weighs which a camera looks through: occlusion is common
 TRAVEL = 0.15, 30, 10                  # so many m or degrees from where a hand is expected cost so many points
@@ -383,11 +384,11 @@ def refine(model, scene, cloud, poses, opening, distance, step=1, slip=SLIP, ite
                weight=np.take_along_axis(weight, few, 1), slip=slip, tree=cloud)
 
 
-def settle(hand, scene, cloud, poses, cost):
+def settle(hand, scene, cloud, poses, cost, wide=1):
     """Hypotheses -> the best of them, refined without the fingers, which may have moved.
 
     A funnel: each round of ICP has fewer hypotheses, more points and a stricter judge, and no two of what it leaves are
-    the same for all points around the flange. cost(poses) (K,) comes off their scores.
+    the same for all points around the flange. cost(poses) (K,) comes off their scores; wide: times as many are left.
     """
     for distance, most in ROUNDS:
         step, closed = round(distance / FINE), np.zeros(len(poses))
@@ -396,7 +397,7 @@ def settle(hand, scene, cloud, poses, cost):
         shift, turn = pose_errors(poses[:, None], poses[None])  # (K,K)
         same, best = shift + np.radians(turn) * FLANGE < AGREE, []
         for i in np.argsort(cost(poses) - score):
-            if len(best) < most and not same[i, best].any():
+            if len(best) < wide * most and not same[i, best].any():
                 best.append(i)
         poses = poses[best]
     return poses
@@ -504,7 +505,7 @@ def track_one(model, scene, state, dt):
     for turns in TURNS:  # where nothing fits, search; then far turned
         if len(turns):
             starts = data.pose(np.tile(state.pose[:3, 3], (len(turns), 1)), state.pose[:3, :3] @ turns)
-            peaks = np.where(data.rotation_angle(turns) < 1e-3, PLACES, 1)
+            peaks = np.where(data.rotation_angle(turns) < 1e-3, PLACES, PLACES // len(turns) + 1)
             poses = np.concatenate([poses, search(hand, scene, cloud, state.pose[:3, 3], reach, starts, peaks)])
         poses = settle(hand, scene, cloud, poses, cost)
         seen = look(poses)
@@ -575,8 +576,8 @@ def register(model, scene, mask):
     turns = all_rotations(200)
     starts = data.pose(centre - turns @ model.points.mean(0), turns)
     poses = search(hand, scene, cloud, centre, REACH / 3, starts, [3] * len(starts))
-    poses = settle(hand, scene, cloud, poses, unexplained)
-    poses = settle(hand, scene, cloud, np.concatenate([poses, poses @ HALF_TURN]), unexplained)
+    poses = settle(hand, scene, cloud, poses, unexplained, WIDE)
+    poses = settle(hand, scene, cloud, np.concatenate([poses, poses @ HALF_TURN]), unexplained, WIDE)
     seen = judge(model, scene, poses, STROKE / 2, unexplained)
     best = [seen.worth.argmax()]
     pose, opening = poses[best], seen.opening[best]
@@ -614,7 +615,7 @@ def track(clip, init="auto", model=None):
         if openings is None:
             openings = [likeliest(finger_profile(model, observed, pose), STROKE) for pose in poses]
         elif max(openings) > STROKE + EVENT:
-            raise ValueError(f"'observed_opening' is {max(openings):g} m: STROKE in track.py, {STROKE:g} m, is too small")
+            raise ValueError(f"'observed_opening' is {max(openings):g} m: raise STROKE in track.py, {STROKE:g} m")
     else:
         poses, openings = map(np.stack, zip(*(register(model, observed, mask)
                                               for mask in clip["observed_gripper"].swapaxes(0, 1))))
