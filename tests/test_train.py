@@ -19,6 +19,7 @@ import model
 import sample
 import test_released as released
 import train
+import vae
 
 ROOT = Path(__file__).parent.parent
 RECORDED = Path(__file__).parent / "data" / "recorded"
@@ -386,6 +387,13 @@ def test_steps_that_go_wrong_stop_before_the_weights_are_touched(run, monkeypatc
 def test_wrong_flags_are_named(run, flags, says):
     with pytest.raises(ValueError, match=says):
         run(*flags)
+
+
+def test_codes_of_another_preset_are_refused(run, tmp_path):
+    for kind in vae.KINDS:
+        vae.save_vae(tmp_path / f"vae_{kind}.safetensors", vae.LinearCode(dict(patch_size=8, components=12)), {})
+    with pytest.raises(ValueError, match="no code of preset tiny"):
+        run("--vae", str(tmp_path))
 
 
 def test_help_and_dry_run(tmp_path, capsys):

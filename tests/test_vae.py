@@ -153,6 +153,8 @@ def test_codes_are_fitted_once(stage, capsys):
     assert (stage / "run/vae_rgb.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="code of preset tiny, not svd"):
         run(stage, "run", "--preset", "svd")
+    run(stage, "colours", "--preset", "tiny", "--rgb_only")
+    assert {path.stem for path in (stage / "colours").iterdir()} == {"vae_rgb"}
 
 
 def test_fine_tuning_resumes_to_the_bit(stage, monkeypatch):
