@@ -440,7 +440,7 @@ def truth_row(clip):
 def to_tensors(clip):
     """A clip as what the networks take. Without a truth F = 1, and points, moving and frame_index are absent.
 
-    rgb (V,F,3,H,W) in [-1, 1], points (V,F,3,H,W) normalised, valid (V,F,H,W), gripper (V,F,H,W) of any hand, own_points
+    rgb (V,F,3,H,W) in [-1, 1], points (V,F,3,H,W) normalised, valid (V,F,H,W), gripper (V,F,H,W) of any, own_points
     (V,3,H,W): the observed ones in the view's own camera frame, all that a robot has, frame_index (T,), moving
     (V,T,H,W): the true point is measured, and none was observed in that pixel within MOVED of it.
     """
@@ -755,7 +755,7 @@ def rasterize(vertices_in_cam, faces, intrinsics, height, width, cull=False):
     K, pixels = len(vertices_in_cam), height * width
     # 1. The pixel box of every face in every picture. Most faces of a fine mesh end here.
     q = np.moveaxis(vertices_in_cam @ intrinsics.mT, -1, 0)  # (3,K,N), the last one is z
-    in_front = q[2] > 0.01
+    in_front = q[2] > 0.01  # m: what is nearer has no bound in the picture
     xy, last = q[:2] / np.where(in_front, q[2], 1), np.array([[[width - 1]], [[height - 1]]])
     low = np.ceil(np.where(in_front, xy, 0)[..., faces].min(-1).clip(0, 2**30))  # (2,K,M); a corner behind: no bound
     high = np.floor(np.where(in_front, xy, np.inf)[..., faces].max(-1).clip(max=last))

@@ -340,7 +340,8 @@ def cell(row, name):
     return " ± ".join(f"{x * factor:.{digits}f}" for x in shown)
 
 
-SCORED = "observed", "rgb", "truth", "pose", "observed_opening", "true_gripper_in_ref", "true_opening"  # what a row needs
+# What scores and baselines need of a clip.
+SCORED = "observed", "rgb", "truth", "pose", "observed_opening", "true_gripper_in_ref", "true_opening"
 
 
 def markdown(rows, notes=()):

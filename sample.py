@@ -478,8 +478,8 @@ def convert_released(path, out, preset=PRESETS["svd"], init=SVD_REPO):
                 modules[part] = Model4D(preset) if part == "model" else VAE(coder)
             modules[part].load_state_dict(tensors, strict=True, assign=True)
         if not modules or "vae" in modules and not alone:
-            raise ValueError("holds no part of the model" if not modules else "is one VAE, and only its file's name says "
-                             "which: call it pointmap.ckpt or color.ckpt")
+            raise ValueError("is one VAE, and only its file's name says which: call it pointmap.ckpt or color.ckpt"
+                             if modules else "holds no part of the model")
     except pickle.UnpicklingError:
         foreign = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or "objects"
         raise ValueError(f"{path} holds pickled {foreign}: not loaded, for safety") from None
@@ -564,7 +564,7 @@ def main(argv=None):
     write_film(out / "scene.gif", clip)
     print(f"results: {out}/ (prediction.npz, sheet.png, scene.gif)")
     if np.isnan(clip.get("view_in_ref", 0)).any():
-        raise ValueError("too little depth is measured in a view to recover its pose: track.py can't use this prediction")
+        raise ValueError("too little depth is measured in a view to recover its pose: track.py can't use this")
 
 
 if __name__ == "__main__":

@@ -451,7 +451,8 @@ def main(argv=None):
         scores = evaluate(coder, kind, test, device)
         save_vae(path, coder, dict(kind=kind, preset=preset.name, scores=scores))
         path.with_suffix(".resume.pt").unlink(missing_ok=True)
-        print(f"{path}: {'held out' if test.held_out else 'not held out'}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        print(f"{path}: {'held out' if test.held_out else 'not held out'}: "
+              + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
 
 if __name__ == "__main__":

@@ -141,8 +141,8 @@ def test_mesh_files(tmp_path):
     assert data.load_mesh(path)[1].tolist() == [[0, 1, 2], [3, 4, 5]]
     path.write_text("v 0 0 0\nv 200 0 0\nv 1 1 0\nf 1 2 3\n")
     says(lambda: data.load_mesh(path), "a.obj is 200 m long", "millimetres")
-    for content in ("v 0 0 0\nv 1 0 0\n", "v 0 0 0\nf 1 2 3\n", "v 0 0 0\nv 1 0 0\nv 1 1 0\nf -4 2 1\n", "v a b c\nf 1 1 1\n", "solid of an stl file",
-                    "v nan 0 0\nv 1 0 0\nv 1 1 0\nf 1 2 3\n"):
+    for content in ("v 0 0 0\nv 1 0 0\n", "v 0 0 0\nf 1 2 3\n", "v 0 0 0\nv 1 0 0\nv 1 1 0\nf -4 2 1\n",
+                    "v a b c\nf 1 1 1\n", "solid of an stl file", "v nan 0 0\nv 1 0 0\nv 1 1 0\nf 1 2 3\n"):
         path.write_text(content)
         says(lambda: data.load_mesh(path), "a.obj")
 

@@ -381,7 +381,7 @@ def test_steps_that_go_wrong_stop_before_the_weights_are_touched(run, monkeypatc
 @pytest.mark.parametrize("flags, says", [
     (["--preset", "svd", "--huber", "0.01"], "--huber 0.01 is for linear codes"),
     (["--steps", "0"], "--steps must be at least 1"), (["--single", "2"], "--single is a share"),
-    (["--weight_cap", "-1"], "--weight_cap"), (["--dropout", "1.5"], "--dropout"), (["--seed", "9" * 14], "--seed is at"),
+    (["--weight_cap", "-1"], "--weight_cap"), (["--dropout", "1.5"], "--dropout"), (["--seed", "9" * 14], "--seed is"),
     (["--init", "DIR"], "DIR is no run folder"), (["--minutes", "3"], "one of them"), (["--views", "1"], "at least 2"),
     (["--mv_attention", "rgb"], "rgb_only"), (["--low_memory", "--ema", "0.9"], "--ema 0")])
 def test_wrong_flags_are_named(run, flags, says):
