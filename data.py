@@ -440,7 +440,7 @@ def truth_row(clip):
 def to_tensors(clip):
     """A clip as what the networks take. Without a truth F = 1, and points, moving and frame_index are absent.
 
-    rgb (V,F,3,H,W) in [-1, 1], points (V,F,3,H,W) normalised, valid (V,F,H,W), gripper (V,F,H,W) of any, own_points
+    rgb (V,F,3,H,W) in [-1, 1], points (V,F,3,H,W) normalised, valid and gripper, any hand's, (V,F,H,W), own_points
     (V,3,H,W): the observed ones in the view's own camera frame, all that a robot has, frame_index (T,), moving
     (V,T,H,W): the true point is measured, and none was observed in that pixel within MOVED of it.
     """

@@ -256,6 +256,8 @@ def test_flags_that_would_do_nothing_are_refused(untrained, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)                                # data/task_1 may well be there, in the repository
     for arguments, says in (("--svd X", "--rgb A.png"), ("--svd X --rgb a --depth b", "without --svd"),
                             ("--task 1 --guidance -1", "--guidance must be at least 0"),
+                            ("--run R --rgb a b --depth a b --intrinsics K --data d", "--data does nothing"),
+                            ("--released X --task 1", "nothing but --out"),
                             ("--task 1 --rgb a b", "--depth and --intrinsics"), (f"--run {untrained}", "data/task_1")):
         with pytest.raises(ValueError, match=re.escape(says)):
             sample.main(arguments.split())
