@@ -31,8 +31,7 @@ import shutil
 import signal
 import threading
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +200,7 @@ def rigid_fit(source, target, weights):
 @contextmanager
 def reading(path, hint=""):
     """What goes wrong with a file that is read, as a ValueError of one line. hint: how it can be made."""
-    path, hint = Path(path), hint and ": " + hint
+    hint = hint and ": " + hint
     try:
         yield
     except FileNotFoundError:
@@ -337,7 +336,8 @@ def check_clip(clip, need=("observed",)):
         if kind == "mask" and "A" in axes and array.ndim == len(axes) - 1:
             array = np.expand_dims(array, axes.index("A"))
         expected = [int(axis) if axis.isdigit() else lengths.get(axis) for axis in axes]
-        if array.ndim != len(axes) or any(want not in (None, got) for want, got in zip(expected, array.shape)):
+        if array.ndim != len(axes) or 0 in array.shape \
+                or any(want not in (None, got) for want, got in zip(expected, array.shape)):
             known = "".join(f", {axis} = {lengths[axis]}" for axis in axes if axis in lengths)
             raise ValueError(f"'{key}' has shape {array.shape}, expected ({', '.join(axes)}){known}")
         lengths |= {axis: n for axis, n in zip(axes, array.shape) if not axis.isdigit()}
@@ -495,7 +495,7 @@ class Clips:
             if min(np.array(episode.size) - size) < 0 or len(cameras) < views:
                 raise ValueError(f"{episode.folder} has {len(cameras)} cameras for the {split} split at "
                                  f"{size_text(episode.size)}, not {views} at {size_text(size)}: see data.py --size")
-            if (starts := moving_starts(episode, frames)):
+            if starts := moving_starts(episode, frames):
                 self.cuts.append((episode, starts, cameras))
         if not self.cuts:
             raise ValueError(f"no {split} episode of {folder} holds a moving clip of 1 + {frames} frames")
@@ -549,7 +549,9 @@ def load_episode(folder):
 
 def episode_folders(folder):
     """The packed episodes in a folder, in order of their names."""
-    if not (found := sorted(path.parent for path in Path(folder).glob("*/episode.json"))):
+    found = sorted(path.parent for path in Path(folder).glob("*/episode.json"))
+    found = [path for path in found if path.suffix != ".partial"]  # a killed process left that one
+    if not found:
         raise ValueError(f"no packed episodes in {folder}: run python data.py --task N --out {folder}")
     return found
 
@@ -678,9 +680,8 @@ def pack_recorded(folder, out, task, size):
     for arm in ("right", "left")[:1 + (key("poses", "left", "_xyz") in keys)]:
         xyz = read_recorded(file, at := key("poses", arm, "_xyz"), (frames, 3))
         rot_6d = read_recorded(file, key("poses", arm, "_rot_6d"), (frames, 6))
-        in_world = canonical(pose(xyz, rotation_from_6d(rot_6d)), "pose", f"{file}: '{at}' with rot_6d")
+        gripper_in_world.append(canonical(pose(xyz, rotation_from_6d(rot_6d)), "pose", f"{file}: '{at}' with rot_6d"))
         width = read_recorded(file, key("grippers", arm, "hand"), (frames, 1), (frames,), kind="opening")
-        gripper_in_world.append(in_world)
         opening.append(width.reshape(frames))
     info = dict(task=task, source="recorded", rate_hz=rate_hz, labelled=labelled, cameras=names)
     save_episode(out, *(np.stack(arrays) for arrays in zip(*cameras)), np.stack(gripper_in_world, 1),
@@ -726,12 +727,14 @@ def report(folder):
 
 # ------------------------------------ renderer
 
+def unit(vector):
+    return vector / np.linalg.norm(vector)
+
+
 def look_at(position, target):
     """cam_in_world (4,4) of a camera at `position` that looks at `target`, upright."""
-    z = np.asarray(target, float) - position
-    z /= np.linalg.norm(z)
-    x = np.cross(z, UP)
-    x /= np.linalg.norm(x)
+    z = unit(np.subtract(target, position))
+    x = unit(np.cross(z, UP))
     return pose(position, np.stack([x, np.cross(z, x), z], 1))
 
 
@@ -864,8 +867,7 @@ def render(placed, intrinsics, cam_in_world, size, lamp, samples=1, *behind):
             at = k, pixel[seen]
             depth[at], label[at], rgb[at] = z[seen], number[seen], shaded[seen]
     depth, label = (x.reshape(K, H, W)[:, samples // 2::samples, samples // 2::samples] for x in (depth, label))
-    rgb = sum(rgb.reshape(K, H, W, 3)[:, i::samples] for i in range(samples))
-    rgb = sum(rgb[:, :, i::samples] for i in range(samples)) / samples**2
+    rgb = rgb.reshape(K, size[0], samples, size[1], samples, 3).sum(2).sum(3) / samples**2
     return (rgb * 255).round().astype(np.uint8), np.where(np.isinf(depth), 0, depth), label.copy()
 
 
@@ -907,7 +909,7 @@ def loft(*sections):
 
 
 def box(size, centre=(0, 0, 0)):
-    (x0, y0, z0), (x1, y1, z1) = np.array(centre) - np.array(size) / 2, np.array(centre) + np.array(size) / 2
+    (x0, y0, z0), (x1, y1, z1) = (centre + sign * np.array(size) / 2 for sign in (-1, 1))
     return loft((z0, x0, x1, y0, y1), (z1, x0, x1, y0, y1))
 
 
@@ -1018,15 +1020,14 @@ def turn(axis, angle):
 
 
 def along(position, z, y):
-    """The pose at `position` with axes along the unit vector `z` and along `y`, normal to it."""
-    y = y / np.linalg.norm(y)
+    """The pose at `position` with axes along the unit vectors `z` and `y`, normal to each other."""
     return pose(position, np.stack([np.cross(y, z), y, z], 1))
 
 
 def hand(tip, forward, closing):
     """gripper_in_world with the pads at `tip`, the palm facing `forward` and fingers that move along `closing`."""
-    z = np.array(forward, float) / np.linalg.norm(forward)
-    return along(np.array(tip) - TCP * z, z, closing - (closing @ z) * z)
+    z = unit(forward)
+    return along(tip - TCP * z, z, unit(closing - (closing @ z) * z))
 
 
 def shift(a_in_b, offset):
@@ -1042,8 +1043,8 @@ def between(a, b, s):
 
 def stretch(start, end, side):
     """The pose at `start` with z towards `end` and x near `side`."""
-    z = (end - start) / np.linalg.norm(end - start)
-    return along(start, z, np.cross(z, side))
+    z = unit(end - start)
+    return along(start, z, unit(np.cross(z, side)))
 
 
 def arm_links(arm, color, base, gripper_in_world, opening):
@@ -1052,8 +1053,7 @@ def arm_links(arm, color, base, gripper_in_world, opening):
     wrist = gripper_in_world[:3, 3] - 0.15 * gripper_in_world[:3, 2]
     reach = np.linalg.norm(wrist - shoulder)
     straight = (wrist - shoulder) / reach
-    side = np.cross(UP, straight)
-    side /= np.linalg.norm(side)
+    side = unit(np.cross(UP, straight))
     ahead = (UPPER_ARM**2 - FOREARM**2 + reach**2) / (2 * reach)  # law of cosines
     above = np.sqrt(max(0.0, UPPER_ARM**2 - ahead**2))
     elbow = shoulder + ahead * straight + above * np.cross(straight, side)
@@ -1172,7 +1172,7 @@ def spatula_scene(draw):
     def done(object_in_world):
         lies = abs(object_in_world[2, 2]) < 0.2 and object_in_world[2, 3] < 0.02
         return lies and np.linalg.norm(object_in_world[:2, 3] - crock[:2, 3]) > radius
-    return Scene([(Body(crock_mesh, stripes(glaze[0], glaze[1], 0.045)), crock)], Body(spatula, paint, OBJECT), start,
+    return Scene([(Body(crock_mesh, stripes(*glaze[:2], 0.045)), crock)], Body(spatula, paint, OBJECT), start,
                  ((0.006, 0.009, length / 2), np.inf), [(crock, (radius, radius), 2, 0.008)], done, keys)
 
 
@@ -1217,7 +1217,7 @@ def apple_scene(draw):
             (0.4, {1: (shift(drop, 0.15 * UP), OPEN)})]
 
     half = length / 2, width / 2
-    return Scene([(Body(bowl_mesh, stripes(china[0], china[1], 0.02)), bowl),
+    return Scene([(Body(bowl_mesh, stripes(*china[:2], 0.02)), bowl),
                   (Body(bin_mesh, stripes(plastic, 0.8 * plastic, 0.03)), bin_)],
                  Body(apple, stripes(peel, 0.85 * peel, radius), OBJECT), start, ((radius,) * 3, 2),
                  [(bowl, (0.08, 0.08), 2, 0.006), (bin_, half, np.inf, 0.006)], lies_in(bin_, half, height),
@@ -1233,7 +1233,7 @@ def room(draw):
     floor = checks(tone(0.5, 0.52, 0.55), tone(0.62, 0.6, 0.58), 0.3)
     table = wood(tone(0.85, 0.66, 0.45), draw.uniform(0.09, 0.16))
     mat = draw.permutation([(0.75, 0.3, 0.3), (0.3, 0.5, 0.75), (0.35, 0.6, 0.4), (0.8, 0.75, 0.6), (0.5, 0.35, 0.6)])
-    top = cloth(table, (draw.uniform(0.1, 0.3), draw.uniform(-0.5, 0.5)), draw.uniform(0.1, 0.18, 2), mat[0], mat[1])
+    top = cloth(table, (draw.uniform(0.1, 0.3), draw.uniform(-0.5, 0.5)), draw.uniform(0.1, 0.18, 2), *mat[:2])
     vertices, faces = box((6, 6, 3), (0, 0, 0.75))
     return [(Body((vertices, faces[:, ::-1]), floor), np.eye(4)),  # inside out
             (Body(box((1.25, 1.7, 0.05), (-0.1, 0, -0.025)), top), np.eye(4))]
@@ -1391,9 +1391,10 @@ def synthetic_episode(task, out, size, seed):
     assert world.success(), f"the demonstration of task {task}, seed {seed} fails"
     *pictures, gripper_in_world, opening = zip(*frames)
     info = dict(task=task, source="synthetic", seed=seed, rate_hz=HZ)
-    save_episode(Path(out) / f"synthetic_{seed:05d}", *(np.stack(x, 1) for x in pictures), intrinsics, cam_in_world,
-                 np.stack(gripper_in_world), np.stack(opening), info)
-    return f"synthetic_{seed:05d}"
+    folder = Path(out) / f"synthetic_{seed:05d}"
+    save_episode(folder, *(np.stack(x, 1) for x in pictures), intrinsics, cam_in_world, np.stack(gripper_in_world),
+                 np.stack(opening), info)
+    return folder.name
 
 
 def end_with_parent():
@@ -1401,7 +1402,7 @@ def end_with_parent():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None):
+def make_synthetic(task, out, episodes, size, seed=0, workers=None):
     """Render the worlds seed * 1000, ... that `out` has not yet: their names."""
     packed = packed_already(out, task, "synthetic", size)
     seeds = [s for s in range(seed * 1000, seed * 1000 + episodes) if f"synthetic_{s:05d}" not in packed]
@@ -1413,7 +1414,7 @@ def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None):
     signal.signal(signal.SIGINT, interrupt)
     try:
         return [*tqdm(names, f"rendering synthetic episodes of task {task}", len(seeds), unit="episode")]
-    except BrokenProcessPool:
+    except BrokenExecutor:
         raise ValueError("a rendering process was killed, for want of memory? Try fewer --workers") from None
     finally:
         for process in multiprocessing.active_children():  # idle, or stopped with this one
@@ -1422,7 +1423,7 @@ def make_synthetic(task, out, episodes=25, size=(64, 80), seed=0, workers=None):
 
 # ------------------------------------ pictures and commands
 
-def preview(folder, seed=0):
+def preview(folder, seed):
     """Draw folder/preview.png: what two cameras see at one instant, and both clouds in the first one's frame."""
     plt, draw = pyplot(), np.random.default_rng(seed)
     episode = load_episode(draw.choice(episode_folders(folder)))
@@ -1480,7 +1481,7 @@ def main():
     add("--seed", type=int, default=0, help="of the synthetic episodes and of the preview [0]")
     add("--workers", type=int, help="processes that render [one a core]")
     args = parser.parse_args()
-    for name, least in (("episodes", 1), ("workers", 1), ("seed", 0)):
+    for name, least in dict(episodes=1, workers=1, seed=0).items():
         if (given := getattr(args, name)) is not None and given < least:
             raise ValueError(f"--{name} must be at least {least}, not {given}")
     if args.workers and args.source != "synthetic":

@@ -46,9 +46,8 @@ HORIZONS = {"0.5-1 s": slice(0, 2), "1.5-2.5 s": slice(2, 5), "3-5 s": slice(5, 
 def mean(values, axis=None):
     """Mean of what is known; NaN, without a warning, where nothing is."""
     values = np.asarray(values, np.float64)
-    known = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
-        return np.where(known, values, 0).sum(axis) / known.sum(axis)
+        return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
 
 
 def psnr(pred, true, valid=...):
@@ -115,8 +114,7 @@ def frechet_distance(a, b):
     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S = X^T X the sample covariances of centred features X.
 
     The root's trace is the sum of the singular values of X_a X_b^T, whose squares are S_a S_b's eigenvalues: singular
-    covariances (few clips, 400 features) lose no digits.
-    """
+    covariances (few clips, 400 features) lose no digits."""
     x_a, x_b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
     trace_of_root = np.linalg.svd(x_a @ x_b.T, compute_uv=False).sum()
     distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + (x_a ** 2).sum() + (x_b ** 2).sum() - 2 * trace_of_root
@@ -153,8 +151,7 @@ def cross_view_miou(points, gripper_n, gripper_m, intrinsics_n, intrinsics_m, re
     ref_in_m (4,4): the true camera m, for scoring only.
 
     It tells whether two views agree about the hand, be it right or wrong. The truth scores far below 1: what only m
-    sees of the hand is not covered, and a small mask is half boundary.
-    """
+    sees of the hand is not covered, and a small mask is half boundary."""
     thirds = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), -1).reshape(9, 1, 2) / 3  # of a pixel: to leave no holes
     ious = []
     for t, own in enumerate(gripper_m):
@@ -177,8 +174,7 @@ def score(clip, trajectory=None):
     """All that can be said of one prediction: {figure: (T,) values over the horizon, or one number}.
 
     clip: checked, with its truth; with `gripper` (V,T,H,W), the hand's mask in the generated views, mIoU too.
-    trajectory: track.track's. `-n` is view 0, `-m` the mean of the others; a frame without such pixels has NaN.
-    """
+    trajectory: track.track's. `-n` is view 0, `-m` the mean of the others; a frame without such pixels has NaN."""
     views, frames = clip["rgb"].shape[:2]
     values = {} if trajectory is None else score_hands(trajectory, clip)
 
@@ -340,10 +336,6 @@ def cell(row, name):
     return " ± ".join(f"{x * factor:.{digits}f}" for x in shown)
 
 
-# What scores and baselines need of a clip.
-SCORED = "observed", "rgb", "truth", "pose", "observed_opening", "true_gripper_in_ref", "true_opening"
-
-
 def markdown(rows, notes=()):
     """{label: {figure: values over seeds}} as a markdown table, a line a figure, the published values beside it."""
     table, order = [["", *rows, *PUBLISHED]], list(METRICS)
@@ -358,11 +350,11 @@ def markdown(rows, notes=()):
 
 
 def load_clip(folder):
-    """folder/prediction.npz with its truth, checked."""
-    path = Path(folder) / "prediction.npz"
-    clip = read_npz(path)
+    """folder/prediction.npz with all that scores and baselines need, checked."""
+    clip = read_npz(path := folder / "prediction.npz")
     try:
-        clip = data.check_clip(clip, SCORED + ("view_in_ref",) * ("points" in clip))
+        clip = data.check_clip(clip, ("observed", "rgb", "truth", "pose", "observed_opening", "true_gripper_in_ref",
+                                      "true_opening") + ("view_in_ref",) * ("points" in clip))
         if "gripper" in clip:
             clip["gripper"] = data.canonical(clip["gripper"], "mask", "'gripper'")
             if clip["gripper"].shape != clip["rgb"].shape[:4]:
@@ -407,7 +399,7 @@ def write_results(out, name, values, text):
     print(f"{text}\nwritten: {out}/{name}.json, {name}.md")
 
 
-def sample_clips(run, folder, count, out, seed=0, views=2, frames=10, steps=None):
+def sample_clips(run, folder, count, out, seed, views, frames, steps):
     """Samples held-out clips 0..count-1, numbered as by sample.py --clip: {name: folder below out}."""
     clips = data.Clips(folder, "test", (run.model.preset.height, run.model.preset.width), views, frames)
     if not clips.held_out:
@@ -462,8 +454,7 @@ def place_cameras(world, draw, size, views=2):
     for t, step in enumerate(zip(*script)):
         world.step(*step)
         if t % STRIDE == 0:
-            label = world.film(*small)[2]
-            seen.append([(label == arm).sum((1, 2)) for arm in range(1, 1 + len(world.opening))])
+            seen.append(world.observe(*small)["observed_gripper"].sum((2, 3)).T)
     seen = np.array(seen)  # (frames, arms, cameras)
     for _ in range(views):
         shown = {c: seen[..., [*chosen, c]].max(-1) for c in range(CANDIDATES) if c not in chosen}
@@ -493,8 +484,7 @@ def execute(world, path, frames):
     """Moves the hands along the first `frames` steps of a tracked path, in straight lines, at the world's rate.
 
     Only the motion since the observed frame is used, in each hand's own frame: no camera pose. Fingers that open by
-    more than 3 mm do so before the hand moves on: half a second can hold a release and a departure.
-    """
+    more than 3 mm do so before the hand moves on: half a second can hold a release and a departure."""
     first, openings = world.gripper_in_world, path["opening"]  # (A, 4, 4), (F, A)
     targets = first @ invert(path["gripper_in_ref"][0]) @ path["gripper_in_ref"]  # (F, A, 4, 4)
     even = np.arange(1, STRIDE + 1)[:, None] / STRIDE
@@ -512,8 +502,7 @@ def rollout(task, seed, size, imagine, generated, views=2, acted=10):
     tracking    the track left the script's path by more than 5 cm while lost, or in a true video;
     generation  it did so in a generated video, and was not lost while it was astray;
     execution   the hand followed the script, and still the object is not where it belongs.
-    imagine(world, step, cameras, size) -> a clip with a prediction.
-    """
+    imagine(world, step, cameras, size) -> a clip with a prediction."""
     world, failure = data.World(task), None
     world.reset(seed)
     script = world.demonstration[0]
@@ -532,7 +521,7 @@ def rollout(task, seed, size, imagine, generated, views=2, acted=10):
     return failure or "execution"
 
 
-def rollouts(run, task, count, out, views=2, acted=10, frames=10, steps=None):
+def rollouts(run, task, count, out, views, acted, frames, steps):
     """Success of a run and of the oracle on the same worlds, with Wilson's interval; writes rollouts.json and .md."""
     from scipy.stats import binomtest
     if run.model.rgb_only:
@@ -551,7 +540,7 @@ def rollouts(run, task, count, out, views=2, acted=10, frames=10, steps=None):
         low, high = binomtest(won, count).proportion_ci(method="wilson")
         lines.append(f"| {label} | {won}/{count} = {won / count:.2f} | {low:.2f}-{high:.2f} | {failed} |")
     lines += [f"| *paper: ours, 30 rollouts* | {PUBLISHED_SUCCESS[task]} | | | | |", "",
-              f"- task {task}, {data.size_text(size)}, {views} views, {acted} frames of {frames} acted on at a time", ""]
+              f"- task {task}, {data.size_text(size)}, {views} views, {acted} of {frames} frames acted on", ""]
     write_results(out, "rollouts", outcomes, "\n".join(lines))
 
 

@@ -7,18 +7,17 @@
     python sample.py --svd stabilityai/stable-video-diffusion-img2vid --rgb A.png   # SVD itself
     python sample.py --released 4dgen.ckpt --out runs/released_1    # the authors' weights, as a run
 
-The model is given colours, depth and intrinsics of each view, and no camera pose. The poses come out
-instead: a view's observed points, in its own frame, and its predicted points, in the reference's, belong
-to the same pixels, and a rigid fit between them is the pose.
+The model is given colours, depth and intrinsics of each view, and no camera pose. The poses come out instead: a view's
+observed points, in its own frame, and its predicted points, in the reference's, belong to the same pixels, and a rigid
+fit between them is the pose.
 
 Writes prediction.npz, sheet.png and scene.gif into RUN/samples/NAME.
 
-Letters   B samples, V views (0 is the reference), S streams (0 RGB, 1 pointmap), T predicted frames,
-          F = T + 1 with the observed one, A arms, C latent channels, D width of an image embedding,
-          h w latent cells, H W pixels
+Letters   B samples, V views (0 is the reference), S streams (0 RGB, 1 pointmap), T predicted frames, F = T + 1 with the
+          observed one, A arms, C latent channels, D width of an image embedding, h w latent cells, H W pixels
 
-References: EDM, arXiv 2206.00364 (its equation and algorithm numbers); DPM-Solver++, arXiv 2211.01095;
-SVD, arXiv 2311.15127; guidance, arXiv 2207.12598.
+References: EDM, arXiv 2206.00364 (its equation and algorithm numbers); DPM-Solver++, arXiv 2211.01095; SVD, arXiv
+2311.15127; guidance, arXiv 2207.12598.
 """
 import argparse
 import pickle
@@ -39,23 +38,20 @@ from tqdm import tqdm
 import data
 from data import invert, point_maps, transform
 from model import PRESETS, SVD_REPO, CLIPImageEncoder, Model4D, Preset, clip_preprocess, load_weights
-from vae import VAE, load_vae, read_keys, save_tensors, save_vae
+from vae import KINDS, VAE, load_vae, read_keys, save_tensors, save_vae
 
 STEPS = {"change": 1, "v": 8}  # of the solver, by what the network predicts
-FAR_SHARE = 0.97        # of FAR: points beyond are the plane where unmeasured pixels were put
+FAR_SHARE = 0.97               # of FAR: points beyond are the plane where unmeasured pixels were put
 
 
 # ------------------------------------ conditions
-# `run` is what load_run returns: model, vaes {"rgb", "pointmap"}, clip (the image encoder, or None),
-# info, folder, device, dtype, autocast.
+# `run` is what load_run returns: model, vaes {"rgb", "pointmap"}, clip (the image encoder, or None), info, folder,
+# device, dtype, autocast.
 
 def encode_conditions(run, rgb, own_points):
-    """What the observed frame tells the model. rgb, own_points (B, V, 3, H, W) in [-1, 1], points in
-    each view's own frame.
-
-    Returns cond (B, V, S, C, h, w), which stands beside the noisy latents of every frame, and image
-    embeddings (B, V, D), None without CLIP.
-    """
+    """What the observed frame tells the model. rgb, own_points (B, V, 3, H, W) in [-1, 1], points in each view's own
+    frame -> cond (B, V, S, C, h, w), which stands beside the noisy latents of every frame, and image embeddings
+    (B, V, D), None without CLIP."""
     streams = zip(run.vaes.values(), (rgb, own_points))
     cond = torch.stack([coder.encode_condition(x.flatten(0, 1)) for coder, x in streams], 1)
     cond = cond.unflatten(0, rgb.shape[:2]).to(run.dtype)
@@ -66,8 +62,8 @@ def encode_conditions(run, rgb, own_points):
 
 
 def encode_targets(run, rgb, points):
-    """Clean latents of predicted frames. rgb, points (B, V, T, 3, H, W) in [-1, 1], points in the
-    reference frame -> (B, V, S, T, C, h, w)."""
+    """Clean latents (B, V, S, T, C, h, w) of predicted frames. rgb, points (B, V, T, 3, H, W) in [-1, 1], points in
+    the reference frame."""
     streams = zip(run.vaes.values(), (rgb, points))
     latents = [coder.encode_latents(x.flatten(0, 2)).float() for coder, x in streams]
     return torch.stack([x.unflatten(0, rgb.shape[:3]) for x in latents], 2)
@@ -75,8 +71,8 @@ def encode_targets(run, rgb, points):
 
 @torch.no_grad()
 def decode(run, latents):
-    """Latents (B, V, S, T, C, h, w), video by video to spare memory -> rgb (B, V, T, 3, H, W) in
-    [-1, 1], points (B, V, T, 3, H, W) in m, or None."""
+    """Latents (B, V, S, T, C, h, w), video by video to spare memory -> rgb (B, V, T, 3, H, W) in [-1, 1], points
+    (B, V, T, 3, H, W) in m, or None."""
     images = []
     for s, coder in enumerate(run.vaes.values()):
         videos = latents[:, :, s].flatten(0, 1)  # (B V, T, C, h, w)
@@ -96,12 +92,11 @@ def karras_sigmas(steps, sigma_min=0.002, sigma_max=700.0, rho=7.0):
 
 @torch.no_grad()
 def sample_dpm(denoise, noise, sigmas, order=2):
-    """The probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma by DPM-Solver++(2M): in t = -ln(sigma)
-    it is linear but for D, which goes on along the line through its last two values. At order 1 D stays
-    as it is, and this is Euler's method (EDM algorithm 1, no churn).
+    """The probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma by DPM-Solver++(2M): in t = -ln(sigma) it is
+    linear but for D, which goes on along the line through its last two values. At order 1 D stays as it is, and this is
+    Euler's method (EDM algorithm 1, no churn).
 
-    denoise(x, sigma) -> the clean estimate D; noise: standard normal; sigmas: descending, ending in 0.
-    """
+    denoise(x, sigma) -> the clean estimate D; noise: standard normal; sigmas: descending, ending in 0."""
     x = noise * (sigmas[0] ** 2 + 1).sqrt().item()  # variance of noise and data, whose own is 1
     D_before = h_before = None
     for sigma, sigma_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
@@ -122,9 +117,8 @@ def sample_latents(run, cond, embeds, frames, steps=None, guidance=1.0, generato
                    progress=False):
     """Clean latents (B, V, S, T, C, h, w), given what encode_conditions returns.
 
-    guidance: of the last frame, growing over the frames from 1 (as in SVD); 1 runs no unconditional
-    pass. generator: of the starting noise, drawn on the CPU, so that all devices start alike.
-    """
+    guidance: of the last frame, growing over the frames from 1 (as in SVD); 1 runs no unconditional pass. generator: of
+    the starting noise, drawn on the CPU, so that all devices start alike."""
     preset, (B, V, S, C, h, w) = run.model.preset, cond.shape
     sigmas = karras_sigmas(steps or STEPS[preset.prediction], preset.sigma_min, preset.sigma_max)
     noise = torch.randn((B, V, S, frames, C, h, w), generator=generator).to(cond.device)
@@ -146,12 +140,10 @@ def sample_latents(run, cond, embeds, frames, steps=None, guidance=1.0, generato
 
 @torch.no_grad()
 def predict(run, clip, frames=data.FRAMES, steps=None, guidance=1.0, seed=0, progress=False):
-    """The clip with the prediction in it: rgb and, unless the run is RGB only, points, valid and
-    view_in_ref.
+    """The clip with the prediction in it: rgb and, unless the run is RGB only, points, valid and view_in_ref.
 
-    `valid` is where a point lies in front of its own camera, at the recovered pose, and nearer than
-    FAR: the model has seen no truth beyond, only the plane on which unmeasured pixels were put.
-    """
+    `valid` is where a point lies in front of its own camera, at the recovered pose, and nearer than FAR: the model has
+    seen no truth beyond, only the plane on which unmeasured pixels were put."""
     if guidance != 1 and run.info.get("dropout", 0.1) == 0:
         raise ValueError(f"{run.folder} was trained with dropout 0: --guidance must be 1")
     tensors = data.to_tensors({key: clip[key] for key in data.NEEDS["observed"]})  # nothing of the truth
@@ -175,10 +167,9 @@ def predict(run, clip, frames=data.FRAMES, steps=None, guidance=1.0, seed=0, pro
 def recover_view_in_ref(own, valid, points):
     """The pose of a view's camera in the reference frame: NaN where too little was measured.
 
-    own (..., 3) points of the observed frame in the view's own frame, valid (...); points (T, ..., 3),
-    the same pixels in the reference frame. The median over time removes most of what moves; the fit is
-    reweighted (Geman-McClure), so that the rest counts little.
-    """
+    own (..., 3) points of the observed frame in the view's own frame, valid (...); points (T, ..., 3), the same pixels
+    in the reference frame. The median over time removes most of what moves; the fit is reweighted (Geman-McClure), so
+    that the rest counts little."""
     source, target = own[valid].astype(float), np.median(points, 0)[valid].astype(float)
     if len(source) < 3:
         return np.full((4, 4), np.nan)
@@ -193,9 +184,9 @@ def recover_view_in_ref(own, valid, points):
 # ------------------------------------ pictures
 
 def pictures(clip, prefix=""):
-    """{"RGB": , and where points are predicted "z": } of a clip, (V, F, H, W, 3) uint8 each, the observed
-    frame first. z is each view's own, then the reference's: red near, blue far, black where nothing is
-    valid. prefix "true_": of the truth, where it is known."""
+    """{"RGB": , and where points are predicted "z": } of a clip, (V, F, H, W, 3) uint8 each, the observed frame first.
+    z is each view's own, then the reference's: red near, blue far, black where nothing is valid. prefix "true_": of the
+    truth, where it is known."""
     import matplotlib
     if prefix + "rgb" not in clip:
         return {}
@@ -235,8 +226,8 @@ def contact_sheet(path, clip, title=""):
 
 
 def cloud_frames(clip, prefix, side):
-    """The fused cloud of all views while time runs and a camera swings, (T, side, side, 3) uint8: squares
-    in the points' colours, the nearest on top."""
+    """The fused cloud of all views while time runs and a camera swings, (T, side, side, 3) uint8: squares in the
+    points' colours, the nearest on top."""
     points, rgb, valid = (clip[prefix + key] for key in ("points", "rgb", "valid"))
     T, radius = points.shape[1], max(1, side // (2 * points.shape[2]))
     square, border = np.arange(2 * radius + 1), side + 2 * radius
@@ -255,9 +246,9 @@ def cloud_frames(clip, prefix, side):
 
 
 def write_film(path, clip, rgb=None):
-    """All of a clip in motion, a gif with a clock: a row a view of the observed frame, the others, their
-    depth; beside them the fused cloud; below, the truth's. With `rgb` (V, F, ., ., 3) for the colours,
-    such as track.py's with the hand drawn in, without the truth's."""
+    """All of a clip in motion, a gif with a clock: a row a view of the observed frame, the others, their depth; beside
+    them the fused cloud; below, the truth's. With `rgb` (V, F, ., ., 3) for the colours, such as track.py's with the
+    hand drawn in, without the truth's."""
     films = []
     for prefix in ("", "true_")[:1 + (rgb is None and "true_rgb" in clip)]:
         colours, *depth = pictures(clip, prefix).values()
@@ -283,8 +274,8 @@ def read_info(folder):
 
 
 def load_run(run, device="cpu", dtype=torch.float32):
-    """What train.py left in a run folder, ready for `predict`: model.json says how the model is built,
-    and where its VAEs and CLIP lie."""
+    """What train.py left in a run folder, ready for `predict`: model.json says how the model is built, and where its
+    VAEs and CLIP lie."""
     folder = Path(run)
     info = read_info(folder)
     with torch.device("meta"):
@@ -293,15 +284,15 @@ def load_run(run, device="cpu", dtype=torch.float32):
     return as_run(net, *load_frozen(net, folder / info["vae"], info["init"], device, dtype), info, folder)
 
 
-def load_frozen(net, vae_folder, init, device="cpu", dtype=torch.float32):
-    """What never trains with the U-Net: the VAEs of stage 1 and, for presets with CLIP, its encoder
-    from `init`, a hub repo or a folder in the hub's layout."""
-    vaes = {name: load_vae(Path(vae_folder) / f"vae_{name}.safetensors").to(device, dtype).eval()
-            for name in ("rgb", "pointmap")[:2 - net.rgb_only]}
-    for name, vae in vaes.items():
+def load_frozen(net, vae_folder, init, device, dtype):
+    """What never trains with the U-Net: the VAEs of stage 1 and, for presets with CLIP, its encoder from `init`, a hub
+    repo or a folder in the hub's layout."""
+    vaes = {}
+    for name in KINDS[:2 - net.rgb_only]:
+        path = vae_folder / f"vae_{name}.safetensors"
+        vaes[name] = vae = load_vae(path).to(device, dtype)
         if vae.config.get("components", vae.config.get("latent_channels")) != net.preset.unet["in_channels"] // 2:
-            raise ValueError(f"{vae_folder}/vae_{name}.safetensors is no code of preset {net.preset.name}: use another "
-                             "--vae or --out")
+            raise ValueError(f"{path} is no code of preset {net.preset.name}: use another --vae or --out")
     return vaes, CLIPImageEncoder.from_pretrained(init, dtype=dtype, device=device) if net.preset.clip else None
 
 
@@ -343,8 +334,8 @@ def read_picture(path, kind, size=None):
 
 
 def read_views(size, rgb, depth=None, intrinsics=None, mask=None, pose=None, opening=None):
-    """The user's own pictures as a clip of pictures of `size` (H, W), in the forms that the flags' help
-    texts say. Without depth, for SVD itself, nothing is measured."""
+    """The user's own pictures as a clip of pictures of `size` (H, W), in the forms that the flags' help texts say.
+    Without depth, for SVD itself, nothing is measured."""
     for flag, files in (("depth", depth), ("mask", mask)):
         if files and len(files) != len(rgb):
             raise ValueError(f"--rgb names {len(rgb)} pictures, --{flag} {len(files)}: one a view is needed")
@@ -369,11 +360,10 @@ def read_views(size, rgb, depth=None, intrinsics=None, mask=None, pose=None, ope
 
 
 # ------------------------------------ the authors' released weights
-# The files of the hub repo Zeyi/4dgen-ckpts, in the layout of sgm, the code that SVD was trained with.
-# What these weights want otherwise than ours stands in the preset and in the VAEs' configs: GroupNorm
-# eps, which view's CLIP token a stream sees, no norm before the cross-view attention, an encoder for
-# conditions (its quant_conv stayed random, and the U-Net learned with it) and another for targets.
-# SVD's three numbers were not embedded: that layer becomes zero.
+# The files of the hub repo Zeyi/4dgen-ckpts, in the layout of sgm, the code that SVD was trained with. What these
+# weights want otherwise than ours stands in the preset and in the VAEs' configs: GroupNorm eps, which view's CLIP token
+# a stream sees, no norm before the cross-view attention, an encoder for conditions (its quant_conv stayed random, and
+# the U-Net learned with it) and another for targets. SVD's three numbers were not embedded: that layer becomes zero.
 
 RESIDUAL = {".in_layers.0.": ".norm1.", ".in_layers.2.": ".conv1.", ".emb_layers.1.": ".time_emb_proj.",
             ".out_layers.0.": ".norm2.", ".out_layers.3.": ".conv2.", ".skip_connection.": ".conv_shortcut."}
@@ -411,8 +401,8 @@ def video_residual(name):
 
 
 def unet_name(name, layers):
-    """Our name, in Model4D, of a parameter of sgm's U-Net. sgm counts all layers in one row, on the way
-    down with the resamplers."""
+    """Our name, in Model4D, of a parameter of sgm's U-Net. sgm counts all layers in one row, on the way down with the
+    resamplers."""
     name = renamed(name, OF_UNET)
     if match := re.match(r"(in|out)put_blocks\.(\d+)\.(\d)\.(op\.|conv\.)?", name):
         level, i = divmod(int(match[2]) - (match[1] == "in"), layers + 1)
@@ -432,8 +422,8 @@ def vae_name(name, levels):
 
 
 def released_parts(state, preset):
-    """Sorts a released state dict by our modules: {"model", "rgb", "pointmap": {our key: tensor}}, or for
-    pointmap.ckpt and color.ckpt {"vae": ...}."""
+    """Sorts a released state dict by our modules: {"model", "rgb", "pointmap": {our key: tensor}}, or for pointmap.ckpt
+    and color.ckpt {"vae": ...}."""
     parts, layers, levels = {}, preset.unet["layers_per_block"], len(preset.vae["block_out_channels"])
     for key, x in state.items():
         first = key.replace("model.diffusion_model_2.", "model.diffusion_model.")
@@ -461,10 +451,10 @@ def released_parts(state, preset):
 
 
 def convert_released(path, out, preset=PRESETS["svd"], init=SVD_REPO):
-    """Turns 4dgen.ckpt into a run folder like train.py's, or pointmap.ckpt / color.ckpt into
-    vae_{pointmap,rgb}. Nothing that is pickled in the file is run. init: where CLIP comes from."""
+    """Turns 4dgen.ckpt into a run folder like train.py's, or pointmap.ckpt / color.ckpt into vae_{pointmap,rgb}.
+    Nothing that is pickled in the file is run. init: where CLIP comes from."""
     path, out = Path(path), Path(out)
-    alone = next((kind for word, kind in (("pointmap", "pointmap"), ("color", "rgb")) if word in path.name), None)
+    alone = "pointmap" if "pointmap" in path.name else "rgb" if "color" in path.name else None
     preset = replace(preset, view_norm=False, resnet_eps=1e-5, tokens="crossed")
     try:
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # pages of the file, no copy
@@ -477,9 +467,10 @@ def convert_released(path, out, preset=PRESETS["svd"], init=SVD_REPO):
                 coder = preset.vae | dict(target_encoder=part != "vae")
                 modules[part] = Model4D(preset) if part == "model" else VAE(coder)
             modules[part].load_state_dict(tensors, strict=True, assign=True)
-        if not modules or "vae" in modules and not alone:
-            raise ValueError("is one VAE, and only its file's name says which: call it pointmap.ckpt or color.ckpt"
-                             if modules else "holds no part of the model")
+        if not modules:
+            raise ValueError("holds no part of the model")
+        if "vae" in modules and not alone:
+            raise ValueError("is one VAE, and only its file's name says which: call it pointmap.ckpt or color.ckpt")
     except pickle.UnpicklingError:
         foreign = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or "objects"
         raise ValueError(f"{path} holds pickled {foreign}: not loaded, for safety") from None
@@ -491,7 +482,7 @@ def convert_released(path, out, preset=PRESETS["svd"], init=SVD_REPO):
             data.write_json(out / "model.json", dict(preset=asdict(preset), mv_attention="points", rgb_only=False,
                                                      init=init, vae=".", step=0, source=path.name))
         else:
-            kind = part if part != "vae" else alone
+            kind = alone if part == "vae" else part
             save_vae(out / f"vae_{kind}.safetensors", module, dict(kind=kind, source=path.name))
 
 

@@ -96,16 +96,16 @@ def hand_model(hand=None, finger=None):
     return make_model([(palm, palm_faces, 0.0), (left, left_faces, 0.5), (right, left_faces, -0.5)], [500, 150, 150])
 
 
-def part(model, keep):
-    """The model with only those points that `keep` chooses."""
-    return SimpleNamespace(**vars(model) | {key: vars(model)[key][keep]
-                                            for key in ("points", "normals", "slide", "mount")})
+def part(model, keep=slice(None), step=1):
+    """The model with only every step-th of the points that `keep` chooses."""
+    points = {key: vars(model)[key][keep][::step] for key in ("points", "normals", "slide", "mount")}
+    return SimpleNamespace(**vars(model) | points | dict(spacing=model.spacing * np.sqrt(step)))
 
 
-def at_opening(model, opening, step=1):
-    """Every step-th model point (K,N,3), in the gripper frame, at each opening (K,)."""
-    points = np.repeat(model.points[None, ::step], len(opening), 0)
-    points[..., 1] += np.asarray(opening)[:, None] * model.slide[::step]
+def at_opening(model, opening):
+    """The model's points (K,N,3), in the gripper frame, at each opening (K,)."""
+    points = np.repeat(model.points[None], len(opening), 0)
+    points[..., 1] += np.asarray(opening)[:, None] * model.slide
     return points
 
 
@@ -227,9 +227,8 @@ def read_frame(points, valid, observed, here):
                 off = np.linalg.norm(transform(source, drift) - target, axis=1)
                 drift = rigid_fit(source, target, (1 - (off / np.median(off) / 4).clip(max=1)**2)**2)
             z = transform(points[v], (ref_in_view @ drift).astype(np.float32))[..., 2]
-            if not valid[v].all():  # holes take the nearest value, for the median's sake
-                z = z[tuple(distance_transform_edt(~valid[v], return_distances=False, return_indices=True))]
-            z = median_filter(z, 3) * valid[v]
+            nearest = distance_transform_edt(~valid[v], return_distances=False, return_indices=True)
+            z = median_filter(z[tuple(nearest)], 3) * valid[v]  # in holes the nearest value
             change, noise[v] = change_of(z, observed.depth[v])
         if SIGMAS * noise[v] > DRIFT:  # tells no pose from another
             z = 0 * z
@@ -271,10 +270,10 @@ def nearby(scene, centre, radius):
     return cKDTree(points[::-(-len(points) // SAMPLE)]) if len(points) >= MIN_AGREE else None
 
 
-def compare(model, scene, poses, opening, step=1, slack=0.0, fingers=False):
+def compare(model, scene, poses, opening, slack=0.0, fingers=False):
     """Render K hypotheses into all views and hold them against the measured depth.
 
-    The mesh is drawn as every step-th sample point through a z-buffer with cells as large as their spacing.
+    The mesh is drawn as its sample points through a z-buffer with cells as large as their spacing.
     poses (K,4,4) gripper_in_ref, opening (K,); slack, m: for poses still rough; fingers: judge these, finely.
     Returns a namespace: points (K,N,3) in ref; visible (K,N), facing some camera with nothing of the hand before it;
     shown (K,N), of these what the scene does not hide; and, counted in points over all views, (K,) each: agree;
@@ -284,19 +283,18 @@ def compare(model, scene, poses, opening, step=1, slack=0.0, fingers=False):
     pixel off as often as not, nor by the mount on scenery, for an arm that slides along itself looks the same.
     """
     K, (_, H, W) = len(poses), scene.depth.shape
-    normals, slide, mount = (x[::step] for x in (model.normals, model.slide, model.mount))
-    in_gripper = at_opening(model, opening, step)  # (K,N,3)
+    in_gripper = at_opening(model, opening)  # (K,N,3)
     points = (in_gripper @ poses[:, :3, :3].mT + poses[:, None, :3, 3]).astype(np.float32)
-    outward = np.einsum("kni,ni->kn", in_gripper, normals)
+    outward = np.einsum("kni,ni->kn", in_gripper, model.normals)
     visible, shown, totals = np.zeros(outward.shape, bool), np.zeros(outward.shape, bool), np.zeros((5, K))
     for v in scene.views:
         away = scene.view_in_ref[v, :3, 3] - poses[:, :3, 3]
         camera = (away[:, None] @ poses[:, :3, :3])[:, 0]            # (K,3) in gripper
         pixel = np.linalg.norm(away[0]) / scene.intrinsics[v, 0, 0]  # its width on the hand, m
-        k, n = np.nonzero(outward < camera @ normals.T)              # facing the camera: (L,)
+        k, n = np.nonzero(outward < camera @ model.normals.T)        # facing the camera: (L,)
         y, x, z, inside = look_up(scene, v, points[k, n])
         k, n, y, x, z = (a[inside] for a in (k, n, y, x, z))
-        cell = max(1, round(1.5 * model.spacing * np.sqrt(step) / pixel))
+        cell = max(1, round(1.5 * model.spacing / pixel))
         rows, columns = -(-H // cell), -(-W // cell)
         cells = (k * rows + y // cell) * columns + x // cell
         nearest = np.full(K * rows * columns, np.inf, np.float32)
@@ -312,8 +310,8 @@ def compare(model, scene, poses, opening, step=1, slack=0.0, fingers=False):
             gap, still = np.where(better, scene.depth[at] - z, gap), still & ~better
         tolerance = max(AGREE / (1 + fingers), SIGMAS * scene.noise[v], pixel / 2)
         beside = scene.near[v, y, x] - z < tolerance                                        # something as near
-        silent = beside & (noisy or coarse) if fingers else beside | (noisy & (slide[n] != 0))  # blurred away
-        gap[(silent & (gap > tolerance)) | (still & mount[n])] = np.nan
+        silent = beside & (noisy or coarse) if fingers else beside | (noisy & (model.slide[n] != 0))  # blurred away
+        gap[(silent & (gap > tolerance)) | (still & model.mount[n])] = np.nan
         tolerance = max(tolerance, slack)
         close, hidden = np.abs(gap) < tolerance, gap < -2 * AGREE
         visible[k, n] = True
@@ -362,7 +360,7 @@ def search(model, scene, cloud, centre, radius, starts, peaks):
     free = free.reshape(empty.shape) & (away > 1)
     volumes = [np.append(value, np.zeros(size**2)).astype(np.int16) for value in         # in hundredths of a point:
                (np.where(free, -100, 0), np.where(free, -200, 100 * np.exp(-away**2)))]  # of a hidden, a visible one
-    seen = compare(model, scene, starts, np.zeros(len(starts)), len(model.points) // SEARCHED)
+    seen = compare(part(model, step=len(model.points) // SEARCHED), scene, starts, np.zeros(len(starts)))
     corners = np.rint((seen.points - centre) / VOXEL).astype(int) + half - steps         # (R,n,3)
     beyond, found = ((np.indices((shifts,) * 3) - steps)**2).sum(0) > steps**2, []
     for start, offset, visible, count in zip(starts, corners @ (size**2, size, 1), seen.visible.astype(int), peaks):
@@ -375,12 +373,12 @@ def search(model, scene, cloud, centre, radius, starts, peaks):
     return np.stack(found)
 
 
-def refine(model, scene, cloud, poses, opening, distance, step=1, slip=SLIP, iterations=4):
-    """ICP of K hypotheses with those of every step-th model point that are visible and not hidden."""
-    weight = compare(model, scene, poses, opening, step).shown
+def refine(model, scene, cloud, poses, opening, distance, slip=SLIP, iterations=4):
+    """ICP of K hypotheses with those of the model's points that are visible and not hidden."""
+    weight = compare(model, scene, poses, opening).shown
     few = np.argsort(~weight, axis=1, kind="stable")[:, :max(1, weight.sum(1).max())]  # the others would cost time
-    source = np.take_along_axis(at_opening(model, opening, step), few[..., None], 1)   # (K,n,3)
-    return icp(source, cloud.data, None, poses, distance, iterations, source_normals=model.normals[::step][few],
+    source = np.take_along_axis(at_opening(model, opening), few[..., None], 1)         # (K,n,3)
+    return icp(source, cloud.data, None, poses, distance, iterations, source_normals=model.normals[few],
                weight=np.take_along_axis(weight, few, 1), slip=slip, tree=cloud)
 
 
@@ -392,8 +390,9 @@ def settle(hand, scene, cloud, poses, cost, wide=1):
     """
     for distance, most in ROUNDS:
         step, closed = round(distance / FINE), np.zeros(len(poses))
-        poses = refine(hand, scene, cloud, poses, closed, distance, step)[0]
-        score = step * compare(hand, scene, poses, closed, step, distance / 2).score
+        thin = part(hand, step=step)
+        poses = refine(thin, scene, cloud, poses, closed, distance)[0]
+        score = step * compare(thin, scene, poses, closed, distance / 2).score
         shift, turn = pose_errors(poses[:, None], poses[None])  # (K,K)
         same, best = shift + np.radians(turn) * FLANGE < AGREE, []
         for i in np.argsort(cost(poses) - score):
@@ -486,12 +485,12 @@ def track_one(model, scene, state, dt):
     missed frames.
 
     First where the hand was and where its velocity takes it; only if it does not fit well there, all places in reach,
-    and at last far turned. Where nothing is borne out, `lost` is true, `why` says so and the pose is held.
+    and at last far turned. Where nothing is borne out it is lost: `missed` grows, `why` says so, the pose is held.
     """
     frames = 1 + state.missed
     reach = REACH * min(2 * dt * frames, 1.5)  # no farther, for the search's time
     lost = lambda why: SimpleNamespace(**vars(state) | dict(
-        lost=True, why=why, missed=frames, motion=np.eye(4), fitness=0.0, inlier_rmse=np.nan, profile=0 * WIDTHS))
+        why=why, missed=frames, motion=np.eye(4), fitness=0.0, inlier_rmse=np.nan, profile=0 * WIDTHS))
     if np.isnan(state.pose).any():
         return lost(state.why)
     cloud = nearby(scene, state.pose[:3, 3], reach + model.reach)
@@ -529,15 +528,15 @@ def track_one(model, scene, state, dt):
         return lost(f"a blur: {100 * fitness:.0f} % of the points in view are near measured ones, "
                     f"{1000 * inlier_rmse:.1f} mm away")
     motion = np.eye(4) if state.missed else invert(state.pose) @ pose[0]
-    return SimpleNamespace(pose=pose[0], motion=motion, opening=seen.opening[0], missed=0, lost=False, why="",
-                           fitness=fitness, inlier_rmse=inlier_rmse, profile=seen.profile[0])
+    return SimpleNamespace(pose=pose[0], motion=motion, opening=seen.opening[0], missed=0, why="", fitness=fitness,
+                           inlier_rmse=inlier_rmse, profile=seen.profile[0])
 
 
 def step(models, scene, states, dt):
     """One frame of all hands. Two in one place: it is the one's that was not lost or had the shorter way; the other
     looks again, at what is left."""
     after = [track_one(model, scene, state, dt) for model, state in zip(models, states)]
-    if len(after) == 2 and not any(state.lost for state in after) \
+    if len(after) == 2 and not after[0].missed and not after[1].missed \
             and pose_errors(after[0].pose, after[1].pose)[0] < FLANGE:
         owner, other = sorted((0, 1), key=lambda i: (states[i].missed, travel(after[i].pose, states[i].pose)))
         (v, y, x), still = scene.candidates, scene.still.copy()
@@ -592,9 +591,8 @@ def first_state(model, scene, pose, opening):
         model = add_mount(model, scene, pose, opening)
         seen = compare(model, scene, pose[None], [opening])
         why = "the views look through where it should be" if seen.through[0] > seen.agree[0] else ""
-    return model, SimpleNamespace(pose=pose, motion=np.eye(4), opening=float(opening), missed=int(why != ""),
-                                  lost=why != "", why=why, fitness=float(why == ""),
-                                  inlier_rmse=np.nan if why else 0.0, profile=0 * WIDTHS)
+    return model, SimpleNamespace(pose=pose, motion=np.eye(4), opening=float(opening), missed=int(why != ""), why=why,
+                                  fitness=float(why == ""), inlier_rmse=np.nan if why else 0.0, profile=0 * WIDTHS)
 
 
 def track(clip, init="auto", model=None):
@@ -606,7 +604,8 @@ def track(clip, init="auto", model=None):
     (F,A) bool; why (F,A), the reason of a loss; fitness (F,A); inlier_rmse (F,A) m. A frame that is lost holds the last
     pose.
     """
-    init = init if init != "auto" else "pose" if "observed_gripper_in_ref" in clip else "mask"
+    if init == "auto":
+        init = "pose" if "observed_gripper_in_ref" in clip else "mask"
     clip = data.check_clip(clip, ("observed", "prediction", "view_in_ref", init))
     model, depth = model or hand_model(), clip["observed_depth"]
     observed = make_scene(depth * (depth <= data.FAR), clip["intrinsics"], clip["view_in_ref"])
@@ -635,7 +634,7 @@ def track(clip, init="auto", model=None):
     way = np.nan_to_num(np.linalg.norm(np.diff(gripper_in_ref[..., :3, 3], axis=0), axis=-1))  # (T,A)
     opening = np.stack([opening_path(profiles[:, a], way[:, a], openings[a]) for a in range(len(poses))], 1)
     return dict(gripper_in_ref=gripper_in_ref, gripper_motion=invert(gripper_in_ref[:1]) @ gripper_in_ref[1:],
-                opening=opening, closed=closed_flags(opening), lost=collect("lost"), why=collect("why"),
+                opening=opening, closed=closed_flags(opening), lost=collect("missed") > 0, why=collect("why"),
                 fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"))
 
 

@@ -121,29 +121,21 @@ class Attention(nn.Module):
         return x + rearrange(y, "n 1 (h w) c -> n c h w", h=x.shape[2])
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):                         # (N, C, H, W) -> (N, C, H/2, W/2)
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # SVD's VAE pads right and below only
-
-
 class Level(nn.Module):
     """The residual blocks of one resolution, each made by block(channels in, channels out, groups), and a resampler."""
 
     def __init__(self, block, channels_in, channels, layers, groups, down=False, up=False):
         super().__init__()
         self.resnets = nn.ModuleList(block(channels if i else channels_in, channels, groups) for i in range(layers))
-        self.downsamplers = nn.ModuleList([Downsample(channels)] if down else [])
+        half = [nn.ModuleDict({"conv": nn.Conv2d(channels, channels, 3, stride=2)})] if down else []
+        self.downsamplers = nn.ModuleList(half)
         self.upsamplers = nn.ModuleList([Resample(channels, 1)] if up else [])
 
     def forward(self, x, *frames):  # frames: of a clip, in the decoder
         for block in self.resnets:
             x = block(x, *frames)
         for downsample in self.downsamplers:
-            x = downsample(x)
+            x = downsample["conv"](F.pad(x, (0, 1, 0, 1)))  # SVD's VAE pads right and below only
         for upsample in self.upsamplers:
             x = upsample(x, (2 * x.shape[2], 2 * x.shape[3]))
         return x
@@ -279,9 +271,8 @@ def writing_tensors(path):
 def save_tensors(path, tensors):
     """A safetensors file of {name: tensor}; two names may share one storage, which save_file refuses."""
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    dtype = lambda x: str(x.dtype).removeprefix("torch.")
-    specs = {name: TensorSpec(dtype=dtype(x), shape=x.shape, data_ptr=x.data_ptr(), data_len=x.nbytes)
-             for name, x in tensors.items()}
+    specs = {name: TensorSpec(dtype=str(x.dtype).removeprefix("torch."), shape=x.shape, data_ptr=x.data_ptr(),
+                              data_len=x.nbytes) for name, x in tensors.items()}
     with writing_tensors(path) as partial:
         serialize_file(specs, partial)
 
@@ -315,10 +306,9 @@ def load_vae(path):
 # --------------------------------------------------------------------------------------- the command
 
 def images_of(clip, kind):
-    """All images of a clip of data.Clips, (N, 3, H, W), and where they count, (N, 1, H, W)."""
+    """All images of a clip of data.Clips, (N, 3, H, W), and, of pointmaps, where they count, (N, 1, H, W)."""
     if kind == "rgb":
-        images = clip["rgb"].flatten(0, 1)
-        return images, torch.ones_like(images[:, :1], dtype=torch.bool)
+        return clip["rgb"].flatten(0, 1), None
     images = torch.cat([clip["points"].flatten(0, 1), clip["own_points"][1:]])  # view 0's own are among points
     return images, torch.cat([clip["valid"].flatten(0, 1), clip["valid"][1:, 0]])[:, None]
 
@@ -337,14 +327,14 @@ def evaluate(coder, kind, clips, device):
         images, valid = images_of(clips[i], kind)
         made = coder.decode_latents(coder.encode_latents(images.to(device)), 1).float().cpu()
         if kind == "rgb":
-            rows.append([-10 * ((made.clamp(-1, 1) - images) / 2).square().mean().log10()])
+            rows.append(dict(psnr=-10 * ((made.clamp(-1, 1) - images) / 2).square().mean().log10()))
             continue
         made, true = data.denormalize_points(made), data.denormalize_points(images)
         seen = valid[:, 0] & (true[:, 2] > 0)
         error = made - true  # (N, 3, H, W) m
-        rows.append([(error[:, 2].abs() / true[:, 2])[seen].mean(), 1000 * error.norm(dim=1)[seen].median()])
-    names = ("psnr",) if kind == "rgb" else ("abs_rel", "median_mm")
-    return {name: round(float(sum(values) / len(values)), 5) for name, values in zip(names, zip(*rows))}
+        rows.append(dict(abs_rel=(error[:, 2].abs() / true[:, 2])[seen].mean(),
+                         median_mm=1000 * error.norm(dim=1)[seen].median()))
+    return {name: round(float(sum(row[name] for row in rows) / len(rows)), 5) for name in rows[0]}
 
 
 def moment(clip, step, frames):
@@ -406,18 +396,17 @@ def parse(argv=None):
     add("--steps", type=int, default=4000, help="svd: steps of one clip that the pointmap VAE is fine-tuned for [4000]")
     add("--lr", type=float, default=1e-5, help="svd: Adam's learning rate [1e-5]")
     add("--frames", type=int, default=5, help="svd: frames of a video, 1 to 11 [5]")
-    add("--save_every", type=int, default=200, help="svd: steps between two saves, from which a stopped run goes on "
-        "[200]")
+    add("--save_every", type=int, default=200, help="svd: steps between saves, from which a stopped run goes on [200]")
     add("--rgb_only", action="store_true", help="no code of pointmaps")
     args = parser.parse_args(argv)
     if args.preset == "auto":
         args.preset, why = choose_preset()
         print(f"preset: {args.preset} ({why})")
-    many = 10 ** 9
-    for name, least, most in (("steps", 1, many), ("save_every", 1, many), ("frames", 1, data.FRAMES + 1),
-                              ("seed", 0, many)):
-        if not least <= getattr(args, name) <= most:
-            raise ValueError(f"--{name} must be at least {least} and at most {most}, not {getattr(args, name)}")
+    for name, least in dict(steps=1, save_every=1, frames=1, seed=0).items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    if args.frames > data.FRAMES + 1:
+        raise ValueError(f"--frames must be at most {data.FRAMES + 1}, not {args.frames}")
     return args
 
 
