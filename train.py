@@ -22,13 +22,13 @@ References: the method, arXiv 2507.01099; EDM (noise levels and weights), arXiv 
 2511.13720; robust error, Charbonnier et al., ICIP 1994; Muon, Jordan 2024, kellerjordan.github.io/posts/muon.
 """
 import argparse
-import errno
 import json
 import math
 import os
 import signal
 import time
 import traceback
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -92,7 +92,7 @@ FLAGS = {
     "views": (2, "views a sample, the first is the reference"),
     "precision": (("auto", "bf16", "fp32"), "auto: bf16 where it is faster"),
     "low_memory": (False, "see LowMemoryAdamW"),
-    "compile": (False, "torch.compile the model"),
+    "compile": (False, "torch.compile the model on a GPU"),
     "workers": (-1, "that load clips [CPU 0, GPU 8]"),
     "save_every": (200, "steps between saves"),
     "eval_every": (0, "steps between evaluations [a quarter of all]"),
@@ -100,7 +100,6 @@ FLAGS = {
     "dry_run": (False, "print settings and memory, then stop"),
 }
 WEIGHT_DECAY, CLIP_GRAD = 0.01, 1.0  # of AdamW; largest norm of the gradient
-SINGLE_FRAMES, WHOLE_CLIPS = 0, 1    # the two phases
 LOG_EVERY, EVAL_CLIPS = 20, 6        # steps; held-out clips of an evaluation
 # MiB that backward needs for a frame of two views, in clips and alone, in bf16: counted by tests/test_memory.py
 ACTIVATIONS = {"tiny": (31.7, 20.1), "small": (316, 157), "svd": (381, 381)}
@@ -146,8 +145,8 @@ def training_loss(net, x_0, cond, embeds, item, noise, sigma, args, codes=None):
 
 def decoded(codes, latents):
     """Latents (B, V, S, T, C, h, w) of linear codes -> images (B, V, S, T, 3, H, W), through which gradients go."""
-    images = [codes[name].decode_latents(stream.flatten(0, 2)).unflatten(0, stream.shape[:3])
-              for name, stream in zip(("rgb", "pointmap"), latents.unbind(2))]
+    images = [code.decode_latents(stream.flatten(0, 2)).unflatten(0, stream.shape[:3])
+              for code, stream in zip(codes.values(), latents.unbind(2))]
     return torch.stack(images, 2)
 
 
@@ -163,14 +162,6 @@ class Samples(torch.utils.data.Dataset):
         sigma = np.float32(math.exp(args.P_mean + args.P_std * draw.standard_normal()))
         keep = torch.from_numpy(draw.random(2) >= args.dropout)  # latent, embedding
         return dict(self.clips[i], number=i, sigma=sigma, keep=keep)
-
-
-def sample_numbers(args, phase, rank, world, first, last):
-    """Samples of every batch of steps first..last - 1. Two processes draw what one draws in twice as many batches."""
-    size = args.single_batch if phase == SINGLE_FRAMES else args.batch
-    for batch in range(first * args.accumulate, last * args.accumulate):
-        start = (batch * world + rank) * max(args.single_batch, args.batch)
-        yield range(start, start + size)
 
 
 # -------------------------------------------------------------------------------------------------------- the optimiser
@@ -192,9 +183,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         group = self.param_groups[0]
         parameters = [p for p in group["params"] if p.grad is not None]
-        for p in parameters:
-            self.state[p].setdefault("momentum", torch.zeros_like(p))
-        momenta, grads = [self.state[p]["momentum"] for p in parameters], [p.grad for p in parameters]
+        momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+        grads = [p.grad for p in parameters]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])                    # Nesterov's
         stacks = {}                                     # few large products take less time than many small ones
@@ -310,18 +300,15 @@ def read_state(folder):
     path = folder / "resume.pt"
     if not path.exists():
         return None
-    try:
+    with data.reading(path, "delete it to start again, or use another --out"):
+        if not zipfile.is_zipfile(path):  # which mmap calls an invalid argument
+            raise ValueError("it is not whole")
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if saved["model"] is None:
             if not (weights := weights_of(folder, saved["step"])):
                 raise ValueError("its model.safetensors is missing, damaged or of another step")
             saved["model"] = load_file(weights)
         return saved
-    except Exception as error:  # there is no end to what a damaged file can cause
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from None
-        raise ValueError(f"{path} is damaged ({str(error).strip().splitlines()[0]}): delete it to start again, or use "
-                         "another --out") from None
 
 
 def weights_of(folder, step):
@@ -404,16 +391,18 @@ def sheet(run, step):
 
 # ------------------------------------------------------------------------------------------------------------- one step
 
-def batches(run, phase, first, last):
-    """Loaded batches of steps first..last - 1 of a phase."""
+def batches(run, single, first, last):
+    """Loaded batches of steps first..last - 1, of single frames or of clips. Two processes draw what one draws in twice
+    as many batches."""
     args, preset, cell = run.args, run.model.preset, run.vaes["rgb"].cell
-    clips = data.Clips(run.data, "train", (preset.height, preset.width), args.views, single=phase == SINGLE_FRAMES,
-                       seed=args.seed)
+    clips = data.Clips(run.data, "train", (preset.height, preset.width), args.views, single=single, seed=args.seed)
     V, S = args.views, 2 - args.rgb_only
     C_h_w = preset.unet["in_channels"] // 2, preset.height // cell, preset.width // cell
-    on_gpu = run.device.type == "cuda"
+    size, on_gpu = args.single_batch if single else args.batch, run.device.type == "cuda"
+    starts = [(batch * run.world + run.rank) * max(args.single_batch, args.batch)
+              for batch in range(first * args.accumulate, last * args.accumulate)]
     loader = torch.utils.data.DataLoader(
-        Samples(clips, args), batch_sampler=list(sample_numbers(args, phase, run.rank, run.world, first, last)),
+        Samples(clips, args), batch_sampler=[range(start, start + size) for start in starts],
         num_workers=args.workers if args.workers >= 0 else 8 * on_gpu, pin_memory=on_gpu, worker_init_fn=leave_signals)
     generator = torch.Generator(run.device)
     for item in loader:
@@ -424,15 +413,16 @@ def batches(run, phase, first, last):
         yield dict(item, noise=noise)
 
 
-def wrapped(run, phase):
+def wrapped(run, single):
     """The model as it is trained: compiled, and over all processes."""
     net = run.model
-    if run.args.compile:
+    if run.args.compile and run.device.type == "cpu":
+        print("--compile: left out on a CPU, where PyTorch 2.13 compiles this network to wrong gradients")
+    elif run.args.compile:
         torch._dynamo.config.suppress_errors = True  # what does not compile runs as ever, with a warning
         net = torch.compile(net)
     if run.world > 1:                                # on single frames the layers along time have no gradient
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True,
-                                      find_unused_parameters=phase == SINGLE_FRAMES)
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True, find_unused_parameters=single)
     return net
 
 
@@ -464,15 +454,16 @@ def gradients(net, run, loader, step, schedule):
 def steps_in(minutes, run):
     """How many steps fit: a few of each phase are timed, at learning rate 0."""
     seconds, timed = 0.0, 12
-    for phase, share in ((SINGLE_FRAMES, run.args.single), (WHOLE_CLIPS, 1 - run.args.single)):
+    for single, share in ((True, run.args.single), (False, 1 - run.args.single)):
         if share:
-            net, loader = wrapped(run, phase), batches(run, phase, 0, timed)
+            net, loader = wrapped(run, single), batches(run, single, 0, timed)
             for step in range(timed):
-                began = time.time() if step < 2 else began  # the first one warms up
+                if step < 2:  # the first one warms up
+                    began = time.time()
                 loss = gradients(net, run, loader, step, schedule=0.0)
                 for optimizer in run.optimizers:
                     optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad()
                 loss.sum().item()  # waits for the GPU
             seconds += share * (time.time() - began) / (timed - 1)
     for optimizer in run.optimizers:
@@ -493,11 +484,11 @@ def train(run, log, stop):
         show(run, step, log, stop)
     losses, began = [], time.time()
     progress = tqdm(total=args.steps, initial=step, disable=run.rank != 0, unit="step", desc="train")
-    for phase, last in ((SINGLE_FRAMES, round(args.single * args.steps)), (WHOLE_CLIPS, args.steps)):
+    for single, last in ((True, round(args.single * args.steps)), (False, args.steps)):
         if step >= last:
             continue
         net = None  # frees the gradients' buckets of the phase before
-        net, loader = wrapped(run, phase), batches(run, phase, step, last)
+        net, loader = wrapped(run, single), batches(run, single, step, last)
         while step < last:
             schedule = min(1, (step + 1) / args.warmup) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
             losses.append(gradients(net, run, loader, step, schedule))
@@ -514,7 +505,7 @@ def train(run, log, stop):
                                  f"{run.folder}/resume.pt, if there, holds the last good state")
             for optimizer in run.optimizers:
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
             step += 1
             if averages:  # a young average forgets the random start quickly
                 torch._foreach_lerp_(averages, followed, 1 - min(args.ema, (1 + step) / (10 + step)))
@@ -531,12 +522,11 @@ def train(run, log, stop):
             paused = time.time()
             if run.rank == 0 and (step % args.save_every == 0 or evaluates(step) or not go_on):
                 save(run, step)
-            if run.rank == 0 and evaluates(step) and go_on:
-                show(run, step, log, stop)
+                if evaluates(step) and go_on:
+                    show(run, step, log, stop)
             began += time.time() - paused
             if not go_on:
                 return step
-    progress.close()
     return step
 
 
@@ -606,7 +596,8 @@ def resolve(given):
     column = list(PRESETS).index(preset)
     settings = {name: value[column] if isinstance(value, list) else value[0] if isinstance(value, tuple) else value
                 for name, (value, _) in FLAGS.items()}
-    settings.update(dict(muon_lr=0.0, ema=0.0, accumulate=1) if given.get("low_memory") else {})
+    if given.get("low_memory"):
+        settings.update(muon_lr=0.0, ema=0.0, accumulate=1)
     args = SimpleNamespace(**{**settings, **before, **given, "preset": preset})
     least = dict(steps=1, batch=1, single_batch=1, accumulate=1, warmup=1, save_every=1, views=2, seed=0, minutes=0,
                  weight_cap=0, huber=0, mask_weight=0, moving_weight=0, lambda_3d=0)
@@ -616,8 +607,8 @@ def resolve(given):
             *((not 0 <= getattr(args, name) <= 1, f"--{name} is a share, 0 to 1, not {getattr(args, name)}")
               for name in ("single", "dropout", "ema")),
             (args.seed > 10**9 or args.minutes > 10**6, "--seed is at most 10^9 and --minutes 10^6"),
-            (not (0 < args.lr < 1 and 0 <= args.muon_lr < 1), f"--lr {args.lr:g}, --muon_lr {args.muon_lr:g}: weights "
-             "move by so much in each step, and no network survives that from 1 on"),
+            (not (0 < args.lr < 1 and 0 <= args.muon_lr < 1), f"--lr {args.lr:g} must be "
+             f"above 0, --muon_lr {args.muon_lr:g} at least 0, and both below 1"),
             ({"steps", "minutes"} <= set(given), "--steps and --minutes both say how long to train: give one of them"),
             (saved and origin and "init" in changed, f"{folder} goes on from its own weights, not from --init "
              f"{args.init}: use another --out"),
@@ -635,8 +626,8 @@ def report(args, net, world):
     print("  ".join(f"{name}={value}" for name, value in vars(args).items() if value != ""))
     adamw, muon = (sum(p.numel() for p in group) for group in split(net, args))
     with torch.device("meta"):
-        frozen = sum(count(VAE(net.preset.vae)) for _ in range(2 - args.rgb_only)) + count(
-            CLIPImageEncoder(net.preset.clip)) if net.preset.clip else 0
+        frozen = ((2 - args.rgb_only) * count(VAE(net.preset.vae)) + count(CLIPImageEncoder(net.preset.clip))
+                  if net.preset.clip else 0)
     each, low = (2, 0.81) if args.low_memory else (4, 1)
     in_clips, alone = ACTIVATIONS.get(net.preset.name, (math.nan, math.nan))  # nan: not counted yet
     frames = max(in_clips * data.FRAMES * args.batch, alone * args.single_batch * (args.single > 0))

@@ -389,6 +389,11 @@ def test_wrong_flags_are_named(run, flags, says):
         run(*flags)
 
 
+def test_compile_is_left_out_on_a_cpu(capsys):
+    given = SimpleNamespace(model=object(), args=SimpleNamespace(compile=True), device=torch.device("cpu"), world=1)
+    assert train.wrapped(given, True) is given.model and "left out" in capsys.readouterr().out
+
+
 def test_codes_of_another_preset_are_refused(run, tmp_path):
     for kind in vae.KINDS:
         vae.save_vae(tmp_path / f"vae_{kind}.safetensors", vae.LinearCode(dict(patch_size=8, components=12)), {})
