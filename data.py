@@ -728,6 +728,7 @@ def report(folder):
 # ------------------------------------ renderer
 
 def unit(vector):
+    """The vector (3,) at length 1."""
     return vector / np.linalg.norm(vector)
 
 

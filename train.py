@@ -417,7 +417,7 @@ def wrapped(run, single):
     """The model as it is trained: compiled, and over all processes."""
     net = run.model
     if run.args.compile and run.device.type == "cpu":
-        print("--compile: left out on a CPU, where PyTorch 2.13 compiles this network to wrong gradients")
+        print("--compile: left out on a CPU, where PyTorch 2.13 compiles bf16 to wrong gradients")
     elif run.args.compile:
         torch._dynamo.config.suppress_errors = True  # what does not compile runs as ever, with a warning
         net = torch.compile(net)

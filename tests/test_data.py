@@ -366,7 +366,8 @@ def test_masks_are_taken_as_people_save_them(episode, saved):
 
 @pytest.mark.parametrize("key, change, words", [
     ("observed_rgb", lambda x: x / 255, "uint8 0 to 255"), ("observed_rgb", lambda x: x[..., :2], "(V, H, W, 3)"),
-    ("observed_rgb", lambda x: None, "no 'observed_rgb'"), ("observed_rgb", lambda x: x[:0], "shape (0, "), ("rgb", lambda x: x / 255, "float64 0"),
+    ("observed_rgb", lambda x: None, "no 'observed_rgb'"), ("observed_rgb", lambda x: x[:0], "shape (0, "),
+    ("rgb", lambda x: x / 255, "float64 0"),
     ("observed_depth", lambda x: x * 0.01, "0.05 m"), ("observed_depth", lambda x: x[:, :50], "H = 64"),
     ("observed_gripper", lambda x: x[..., :50], "(V, A, H, W)"), ("points", lambda x: x * 1000, "metres"),
     ("observed_gripper", lambda x: np.cumsum(x, 1) + x, "a mask"), ("points", lambda x: x[:, :5], "T = 10"),
