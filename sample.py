@@ -42,6 +42,7 @@ from vae import KINDS, VAE, load_vae, read_keys, save_tensors, save_vae
 
 STEPS = {"change": 1, "v": 8}  # of the solver, by what the network predicts
 FAR_SHARE = 0.97               # of FAR: points beyond are the plane where unmeasured pixels were put
+STILL = 0.01                   # m: a point predicted nearer than this to its observed one is taken for unmoved, mostly
 
 
 # ------------------------------------ conditions
@@ -143,7 +144,8 @@ def predict(run, clip, frames=data.FRAMES, steps=None, guidance=1.0, seed=0, pro
     """The clip with the prediction in it: rgb and, unless the run is RGB only, points, valid and view_in_ref.
 
     `valid` is where a point lies in front of its own camera, at the recovered pose, and nearer than FAR: the model has
-    seen no truth beyond, only the plane on which unmeasured pixels were put."""
+    seen no truth beyond, only the plane on which unmeasured pixels were put. Models that predict what changes leave
+    the rest to the observed frame: see `anchored`."""
     if guidance != 1 and run.info.get("dropout", 0.1) == 0:
         raise ValueError(f"{run.folder} was trained with dropout 0: --guidance must be 1")
     tensors = data.to_tensors({key: clip[key] for key in data.NEEDS["observed"]})  # nothing of the truth
@@ -160,6 +162,8 @@ def predict(run, clip, frames=data.FRAMES, steps=None, guidance=1.0, seed=0, pro
     own, valid = point_maps(clip["observed_depth"], clip["intrinsics"])
     poses = [recover_view_in_ref(*view) for view in zip(own[1:], valid[1:], points[1:])]
     view_in_ref = np.stack([np.eye(4), *poses])
+    if run.model.preset.prediction == "change":
+        points = anchored(points, transform(own, view_in_ref), valid)
     z = transform(points, invert(view_in_ref))[..., 2]
     return dict(clip, points=points, view_in_ref=view_in_ref, valid=(z > 0) & (z < FAR_SHARE * data.FAR))
 
@@ -177,8 +181,27 @@ def recover_view_in_ref(own, valid, points):
     for _ in range(20):
         view_in_ref = data.rigid_fit(source, target, weights)
         residual = np.linalg.norm(transform(source, view_in_ref) - target, axis=-1)
-        weights = 1 / (1 + (residual / max(np.median(residual), 0.005)) ** 2) ** 2
+        weights = geman_mcclure(residual, max(np.median(residual), 0.005))
     return view_in_ref
+
+
+def anchored(points, observed, valid):
+    """Predicted points (V, T, H, W, 3) in m, those that did not move drawn to where the observed frame measured them.
+
+    observed (V, H, W, 3): the observed frame's points in the reference frame, at the recovered poses (NaN: the view
+    stays as it is), valid (V, H, W). What is near for a view depends on how well its points are predicted at all."""
+    anchored = points.copy()
+    for view, there, known in zip(anchored, observed, valid & np.isfinite(observed).all(-1)):
+        if known.any():
+            off = np.linalg.norm(view - there, axis=-1)  # (T, H, W)
+            weights = geman_mcclure(off[:, known], max(2 * np.median(off[:, known]), STILL))
+            view[:, known] += weights[..., None] * (there - view)[:, known]
+    return anchored
+
+
+def geman_mcclure(residual, scale):
+    """Robust weights: 1 at 0, a quarter at `scale`, next to nothing far beyond."""
+    return 1 / (1 + (residual / scale) ** 2) ** 2
 
 
 # ------------------------------------ pictures

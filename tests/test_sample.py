@@ -115,6 +115,23 @@ def test_the_truth_through_the_code_and_back_has_its_pose(untrained):
     assert made["valid"][seen].mean() > 0.95 > 0.5 > made["valid"][~made["true_valid"]].mean()
 
 
+def test_what_stays_is_where_it_was_measured():
+    draw = np.random.default_rng(0)
+    observed, valid = draw.uniform(0.5, 1.0, (3, 12, 16, 3)), np.ones((3, 12, 16), bool)
+    noise = np.array([0.004, 0.02, 0.004])[:, None, None, None, None] * draw.standard_normal((3, 5, 12, 16, 3))
+    points = observed[:, None] + noise
+    points[:, :, 2:5, 2:5] += (0.2, 0, 0)                             # a thing that left, in all frames
+    observed[2], valid[:, 11] = np.nan, False                         # no pose; pixels without depth
+    made = sample.anchored(points, observed, valid)
+    changed = np.linalg.norm(made - points, axis=-1)
+    assert (changed[2] == 0).all() and (changed[:, :, 11] == 0).all() and changed[:, :, 2:5, 2:5].max() < 0.03
+    still = np.s_[:, 6:11]
+    for view in (0, 1):
+        before, after = (np.linalg.norm(x[view] - observed[view], axis=-1)[still] for x in (points, made))
+        assert np.median(after) < 0.5 * np.median(before) and (after <= before).all()
+    assert np.linalg.norm(made[0] - observed[0], axis=-1)[still].mean() < 0.003
+
+
 @pytest.fixture(scope="module")
 def hub_folder(tmp_path_factory):
     """Small random networks in the hub's layout: unet, vae, image_encoder."""
