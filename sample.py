@@ -190,13 +190,13 @@ def anchored(points, observed, valid):
 
     observed (V, H, W, 3): the observed frame's points in the reference frame, at the recovered poses (NaN: the view
     stays as it is), valid (V, H, W). What is near for a view depends on how well its points are predicted at all."""
-    anchored = points.copy()
-    for view, there, known in zip(anchored, observed, valid & np.isfinite(observed).all(-1)):
+    made = points.copy()
+    for view, there, known in zip(made, observed, valid & np.isfinite(observed).all(-1)):
         if known.any():
             off = np.linalg.norm(view - there, axis=-1)  # (T, H, W)
             weights = geman_mcclure(off[:, known], max(2 * np.median(off[:, known]), STILL))
             view[:, known] += weights[..., None] * (there - view)[:, known]
-    return anchored
+    return made
 
 
 def geman_mcclure(residual, scale):
