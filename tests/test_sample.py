@@ -1,4 +1,5 @@
 """Solvers on problems with a known answer, plain SVD, poses out of pointmaps, pictures, own cameras (sample.py)."""
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import data
+import evaluate
 import model
 import sample
 import track
@@ -130,6 +132,23 @@ def test_what_stays_is_where_it_was_measured():
         before, after = (np.linalg.norm(x[view] - observed[view], axis=-1)[still] for x in (points, made))
         assert np.median(after) < 0.5 * np.median(before) and (after <= before).all()
     assert np.linalg.norm(made[0] - observed[0], axis=-1)[still].mean() < 0.003
+
+
+def test_only_models_that_predict_what_changes_are_anchored(untrained):
+    run = sample.load_run(untrained)
+    clips = data.Clips(untrained / "data", "test", (64, 80))
+    item = {key: value[None] for key, value in clips[0].items()}
+    x_0 = sample.encode_targets(run, item["rgb"][:, :, 1:], item["points"][:, :, 1:])
+    x_0 += 0.05 * torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
+    run.model.forward = lambda *_: x_0
+    made = sample.predict(run, clips.clip(0), steps=1)
+    run.model.preset = dataclasses.replace(run.model.preset, prediction="v")
+    raw = sample.predict(run, clips.clip(0), steps=1)
+    assert np.array_equal(raw["view_in_ref"], made["view_in_ref"]) and np.array_equal(raw["rgb"], made["rgb"])
+    decoded = sample.decode(run, x_0)[1][0].movedim(2, -1).numpy()
+    assert np.array_equal(raw["points"], decoded)
+    off = [np.mean(evaluate.score(x)["still-n"]) for x in (made, raw)]
+    assert off[0] < 0.5 * off[1]
 
 
 @pytest.fixture(scope="module")
