@@ -413,6 +413,14 @@ def test_help_and_dry_run(tmp_path, capsys):
     assert "weights 4.47" in (text := capsys.readouterr().out) and "moments 8.66" in text
 
 
+def test_numbers_too_small_to_matter_are_zero(tmp_path):
+    """Below 1e-38 arithmetic on a CPU is many times slower, and the longer a network learns the more of it there is."""
+    supported = torch.set_flush_denormal(False)
+    assert (torch.tensor([2e-38]) / 10).item() > 0
+    train.main(["--out", str(tmp_path / "out"), "--dry_run"])
+    assert ((torch.tensor([2e-38]) / 10).item() == 0) == supported
+
+
 def test_a_damaged_checkpoint_is_named(run, whole, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "resume.pt").write_bytes((whole / "resume.pt").read_bytes()[:5000])
