@@ -1378,20 +1378,22 @@ def sample_cameras(draw, tips, size, count=16):
     raise ValueError(f"pictures of {size_text(size)} are too narrow or too flat for cameras to see the hands")
 
 
-def synthetic_episode(task, out, size, seed):
+def synthetic_episode(task, out, size, every, seed):
     world = World(task)
     world.reset(seed)
     grippers, openings = world.demonstration
     tips = grippers[..., :3, 3] + TCP * grippers[..., :3, 2]
     intrinsics, cam_in_world = sample_cameras(np.random.default_rng([task, seed, 1]), tips, size)
     frames = []
-    for gripper_in_world, opening in zip(grippers, openings):
+    for i, (gripper_in_world, opening) in enumerate(zip(grippers, openings)):
         world.step(gripper_in_world, opening)
+        if (i + seed) % every:
+            continue
         rgb, depth, label = world.film(intrinsics, cam_in_world, size, samples=3)
         frames.append((rgb, (depth * 1000).round().astype(np.uint16), label, world.gripper_in_world, world.opening))
     assert world.success(), f"the demonstration of task {task}, seed {seed} fails"
     *pictures, gripper_in_world, opening = zip(*frames)
-    info = dict(task=task, source="synthetic", seed=seed, rate_hz=HZ)
+    info = dict(task=task, source="synthetic", seed=seed, rate_hz=HZ / every)
     folder = Path(out) / f"synthetic_{seed:05d}"
     save_episode(folder, *(np.stack(x, 1) for x in pictures), intrinsics, cam_in_world, np.stack(gripper_in_world),
                  np.stack(opening), info)
@@ -1403,15 +1405,15 @@ def end_with_parent():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def make_synthetic(task, out, episodes, size, seed=0, workers=None):
-    """Render the worlds seed * 1000, ... that `out` has not yet: their names."""
+def make_synthetic(task, out, episodes, size, seed=0, workers=None, every=1):
+    """Render the worlds seed * 1000, ... that `out` has not yet, every 1st or 5th frame: their names."""
     packed = packed_already(out, task, "synthetic", size)
     seeds = [s for s in range(seed * 1000, seed * 1000 + episodes) if f"synthetic_{s:05d}" not in packed]
     workers, run = min(workers or os.cpu_count(), len(seeds)), map
     if workers > 1:                                     # spawned: a fork of a process with running threads may hang
         run = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent).map
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone
-    names = run(functools.partial(synthetic_episode, task, out, size), seeds)
+    names = run(functools.partial(synthetic_episode, task, out, size, every), seeds)
     signal.signal(signal.SIGINT, interrupt)
     try:
         return [*tqdm(names, f"rendering synthetic episodes of task {task}", len(seeds), unit="episode")]
@@ -1459,10 +1461,10 @@ def parse_size(text):
     return tuple(map(int, text.split("x")))
 
 
-def prepare(task, out, source="synthetic", size=(64, 80), episodes=None, seed=0, workers=None):
+def prepare(task, out, source="synthetic", size=(64, 80), episodes=None, seed=0, workers=None, every=1):
     """Make the packed episodes of a task in `out` from one of the three sources."""
     if source == "synthetic":
-        new = make_synthetic(task, out, episodes or 25, size, seed, workers)
+        new = make_synthetic(task, out, episodes or 25, size, seed, workers, every)
     else:
         new = pack_folder(source, task, out, size, episodes)
         for name in new:
@@ -1481,12 +1483,14 @@ def main():
     add("--episodes", type=int, help="at most this many [synthetic: 25, others: all]")
     add("--seed", type=int, default=0, help="of the synthetic episodes and of the preview [0]")
     add("--workers", type=int, help="processes that render [one a core]")
+    add("--every", type=int, default=1, choices=(1, 5), help="5: render the 2 Hz of clips alone, five times as fast: "
+        "from many scenes a large network learns more than from many frames [1]")
     args = parser.parse_args()
     for name, least in dict(episodes=1, workers=1, seed=0).items():
         if (given := getattr(args, name)) is not None and given < least:
             raise ValueError(f"--{name} must be at least {least}, not {given}")
-    if args.workers and args.source != "synthetic":
-        raise ValueError("--workers is for synthetic episodes only: leave it out")
+    if (args.workers or args.every > 1) and args.source != "synthetic":
+        raise ValueError("--workers and --every are for synthetic episodes only: leave them out")
     args.out = args.out or Path(f"data/task_{args.task}")
     prepare(**vars(args))
     preview(args.out, args.seed)

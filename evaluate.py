@@ -497,7 +497,9 @@ def execute(world, path, frames):
 
 
 def rollout(task, seed, size, imagine, generated, views=2, acted=10):
-    """One try: observe, imagine, track, act on the first `acted` frames, again. 'success', or what failed first:
+    """One try: observe, imagine, track, act on the first `acted` frames, and where a hand is lost in all of these, on up
+    to the next one in which none is (a robot that stays sees the same again), and so on. 'success', or what failed
+    first:
 
     tracking    the track left the script's path by more than 5 cm while lost, or in a true video;
     generation  it did so in a generated video, and was not lost while it was astray;
@@ -507,17 +509,20 @@ def rollout(task, seed, size, imagine, generated, views=2, acted=10):
     world.reset(seed)
     script = world.demonstration[0]
     cameras = place_cameras(world, np.random.default_rng([task, seed, 2]), size, views)
-    for frame in range(0, LIMIT, acted):
-        acted = min(acted, LIMIT - frame)
+    frame = 0
+    while frame < LIMIT:
         path = track.track(imagine(world, frame * STRIDE, cameras, size))
-        execute(world, path, acted)
+        found = 1 + np.flatnonzero(~path["lost"][1:].any(1))
+        count = min(max([acted, *found[:1].tolist()]), LIMIT - frame)
+        execute(world, path, count)
         if world.success():
             return "success"
-        now = np.minimum(STRIDE * (frame + 1 + np.arange(acted)), len(script) - 1)
-        in_ref, lost = path["gripper_in_ref"][1:acted + 1], path["lost"][1:acted + 1]
-        astray = pose_errors(cameras[1][0] @ in_ref, script[now])[0] > ASTRAY  # (acted, A)
+        now = np.minimum(STRIDE * (frame + 1 + np.arange(count)), len(script) - 1)
+        in_ref, lost = path["gripper_in_ref"][1:count + 1], path["lost"][1:count + 1]
+        astray = pose_errors(cameras[1][0] @ in_ref, script[now])[0] > ASTRAY  # (count, A)
         if failure is None and astray.any():
             failure = "generation" if generated and not (astray & lost).any() else "tracking"
+        frame += count
     return failure or "execution"
 
 

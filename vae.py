@@ -25,7 +25,7 @@ from safetensors import SafetensorError, TensorSpec, serialize_file
 from tqdm import tqdm, trange
 
 import data
-from model import (PRESETS, SVD_REPO, Mixer, Resample, Residual, TimeConv, choose_preset, load_pretrained,
+from model import (PRESETS, SVD_REPO, GroupNorm, Mixer, Resample, Residual, TimeConv, choose_preset, load_pretrained,
                    load_weights)
 
 KINDS = "rgb", "pointmap"
@@ -162,7 +162,7 @@ class Encoder(nn.Module):
             Level(block, widths[max(i - 1, 0)], width, layers, groups, down=i < len(widths) - 1)
             for i, width in enumerate(widths))
         self.mid_block = MidBlock(block, widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
 
     def forward(self, x):                                    # (N, 3, H, W)
@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList(
             Level(VideoResBlock, widths[max(i - 1, 0)], width, layers + 1, groups, up=i < len(widths) - 1)
             for i, width in enumerate(widths))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
         self.time_conv_out = TimeConv(3)
 

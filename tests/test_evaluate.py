@@ -380,6 +380,17 @@ def test_rollout_of_the_true_future_succeeds(task, acted, perfect_tracker):
     assert looks == list(range(0, looks[-1] + 1, acted * ev.STRIDE)) and len(looks) * acted > 10
 
 
+def test_a_lost_hand_waits_for_the_next_frame_in_which_it_is_found(perfect_tracker, monkeypatch):
+    looks, lost = [], np.isin(np.arange(11), (1, 2))[:, None]
+    monkeypatch.setattr(ev.track, "track", lambda clip: true_track(clip) | {"lost": lost})
+    ev.rollout(1, ev.ROLLOUT_SEED, (16, 20), lambda *now: looks.append(now[1]) or oracle(*now), True, acted=1)
+    assert len(looks) > 3 and set(np.diff(looks)) == {3 * ev.STRIDE}
+    monkeypatch.setattr(ev.track, "track", lambda clip: true_track(clip) | {"lost": lost | True})
+    looks.clear()                                                       # never found: it looks on to the end
+    assert ev.rollout(1, ev.ROLLOUT_SEED, (16, 20), lambda *now: looks.append(now[1]) or oracle(*now), True, acted=10)
+    assert looks == [0, 10 * ev.STRIDE, 20 * ev.STRIDE][:len(looks)]
+
+
 def test_failures_are_sorted(perfect_tracker, monkeypatch):
     moved = lambda clip: true_track(clip) | {"gripper_in_ref": np.concatenate(
         [clip["true_gripper_in_ref"][:1], clip["true_gripper_in_ref"][1:] @ pose((0.1, 0.1, 0.1))])}

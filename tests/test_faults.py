@@ -38,6 +38,7 @@ torch.set_num_threads(1), data.pyplot()
 small = model.unet_config((32, 48), (2, 2), layers=1, latent_channels=24, context=32, groups=8, attention_levels=0)
 model.PRESETS["tiny"] = replace(model.PRESETS["tiny"], unet=small, vae=dict(patch_size=8, components=24))
 model.PRESETS["svd"] = replace(model.PRESETS["svd"], height=64, width=80)
+model.PRESETS["small"] = replace(model.PRESETS["small"], height=128, width=160)
 track.track = lambda clip: {key: np.repeat(x[None], 1 + clip["rgb"].shape[1], 0) for key, x in dict(    # not tried here
     gripper_in_ref=clip["observed_gripper_in_ref"], opening=clip["observed_opening"],
     lost=clip["observed_opening"] > -1).items()}

@@ -3,9 +3,11 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from model import (PRESETS, CrossViewAttention, Model4D, Preset, UNet, choose_preset, fresh, precondition,
-                   unet_config)
+from bench_gpu import in_int8
+from model import (PRESETS, CrossViewAttention, GroupNorm, Model4D, Preset, UNet, choose_preset, fresh, load_weights,
+                   precondition, unet_config)
 
 SMALL = Preset("small test", 32, 40, view_heads=2, view_head_dim=8, vae={},
                unet={**unet_config((16, 32), heads=(1, 2), layers=1, latent_channels=4, context=12, groups=8,
@@ -201,6 +203,35 @@ def test_half_precision():
     for result in (mixed, net.to(torch.bfloat16)(noisy, sigma, cond)):
         assert result.dtype == torch.float32
         assert (result - full).square().mean().sqrt() < 0.03 * full.square().mean().sqrt()
+
+
+@torch.no_grad()
+def test_weights_in_a_byte_a_number(tmp_path):
+    """What tests/bench_gpu.py brings back is loaded as what it was, to a hundredth, and to the dtype asked for."""
+    net, pieces = built(attention=True), {}
+    for name, value in net.state_dict().items():
+        pieces |= in_int8(name, value)
+    save_file(pieces, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        again = Model4D(SMALL)
+    load_weights(again, [tmp_path / "model.safetensors"])
+    for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True):
+        assert b.dtype == torch.float32 and (a - b).norm() < 0.01 * a.norm()
+    noisy, sigma, cond, _ = inputs()
+    full, made = net(noisy, sigma, cond), again.eval()(noisy, sigma, cond)
+    assert (made - full).square().mean().sqrt() < 0.03 * full.square().mean().sqrt()
+
+
+@torch.no_grad()
+def test_norm_by_sums():
+    """A GPU's way for large images gives PyTorch's numbers, also where the mean is far from zero."""
+    for dtype, most in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-3)):
+        norm = randomise(GroupNorm(4, 32, eps=1e-6)).to(dtype)
+        x = (torch.randn(3, 32, 6, 7) * 2 + 5).to(dtype).contiguous(memory_format=torch.channels_last)
+        right = torch.nn.functional.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-6)
+        made = norm.by_sums(x)
+        assert (made - right).norm() < most * right.norm() and made.dtype == dtype
+        assert made.is_contiguous(memory_format=torch.channels_last)
 
 
 # ----------------------------------------------------------------------------------------------- noise levels, presets

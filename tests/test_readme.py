@@ -47,21 +47,25 @@ def test_counts():
     assert f"{lines:,} lines" in README and len(README.splitlines()) <= 150
 
 
-def test_trained_weights_hold_their_figures():
+@pytest.mark.parametrize("folder, most_off, least_near", [("trained", 0.04, 0.5), ("trained_small", 0.03, 0.65)])
+def test_trained_weights_hold_their_figures(folder, most_off, least_near):
     """A scene of the synthetic world that no training has seen, two cameras, no poses: still things stay in place."""
     world = data.World(1)
     world.reset(2_000_000)
     tips = world.demonstration[0][..., :3, 3] + data.TCP * world.demonstration[0][..., :3, 2]
     cameras = data.sample_cameras(np.random.default_rng(0), tips, (64, 80), 2)
-    run = sample.load_run(ROOT / "tests" / "data" / "trained")
+    run = sample.load_run(ROOT / "tests" / "data" / folder)
     clip = sample.predict(run, world.observe(*cameras, (64, 80)))
     true = evaluate.scripted_future(world, 0, cameras, (64, 80), data.FRAMES)
     off = np.abs(clip["points"] - true["points"])[..., 2] / true["points"][..., 2].clip(0.1)
-    assert off[0][true["valid"][0]].mean() < 0.04 and off[1][true["valid"][1]].mean() < 0.04
+    assert off[0][true["valid"][0]].mean() < most_off and off[1][true["valid"][1]].mean() < most_off
     shift, turn = data.pose_errors(clip["view_in_ref"][1], true["view_in_ref"][1])
     assert shift < 0.03 and turn < 4
     path = zip(true["true_gripper_in_ref"][2:5, 0], true["true_opening"][2:5, 0])      # 1 to 2 s ahead
     ref_in_view, hand = data.invert(true["view_in_ref"]), track.hand_model()
     there = np.stack([track.silhouette(hand, cameras[0], ref_in_view, (64, 80), *now) for now in path], 1)
     near = np.linalg.norm(clip["points"] - true["points"], axis=-1)[:, 1:4] < 0.03
-    assert near[there].mean() > 0.5                          # the hand is where it will be; had it stayed, 0.1
+    assert near[there].mean() > least_near                   # the hand is where it will be; had it stayed, 0.1
+    if folder == "trained_small":                            # and is found there
+        metres, degrees = data.pose_errors(track.track(clip)["gripper_in_ref"], true["true_gripper_in_ref"])
+        assert metres[2:5].max() < 0.03 and degrees[2:5].max() < 10

@@ -182,6 +182,13 @@ def test_episodes_on_disk(tmp_path):
             for split, c in clips.items()}
     assert used["train"] <= set(range(1, 13)) and used["test"] <= set(range(13, 17))
 
+    data.make_synthetic(1, tmp_path / "c", 2, size, seed=1, workers=1, every=5)     # the 2 Hz of clips, and no more
+    for first, name in zip((0, 4), names):
+        every, fifth = (data.load_episode(tmp_path / folder / name) for folder in "bc")
+        np.testing.assert_array_equal(every.rgb[:, first::5], fifth.rgb)
+        np.testing.assert_array_equal(every.gripper_in_world[first::5], fifth.gripper_in_world)
+        assert (fifth.rate_hz, fifth.stride) == (2, 1) and data.moving_starts(fifth)
+
     assert data.make_synthetic(1, tmp_path / "a", 1, size, seed=1, workers=1) == []
     for task, other_size in ((2, size), (1, (32, 40))):
         with pytest.raises(ValueError, match=f"{names[0]} is synthetic.*another --out"):
