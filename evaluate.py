@@ -497,9 +497,9 @@ def execute(world, path, frames):
 
 
 def rollout(task, seed, size, imagine, generated, views=2, acted=10):
-    """One try: observe, imagine, track, act on the first `acted` frames, and where a hand is lost in all of these, on up
-    to the next one in which none is (a robot that stays sees the same again), and so on. 'success', or what failed
-    first:
+    """One try: observe, imagine, track, act on the first `acted` frames, or, where a hand is lost in all these, on as
+    many as it takes to one in which none is (a robot that stays sees the same again), and so on. 'success', or what
+    failed first:
 
     tracking    the track left the script's path by more than 5 cm while lost, or in a true video;
     generation  it did so in a generated video, and was not lost while it was astray;

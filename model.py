@@ -170,7 +170,8 @@ def hub_folder(folder_or_repo, subfolder, half):
 
 def load_weights(module, files, dtype=torch.float32, device="cpu"):
     """Fills `module` (built on the meta device, to save memory) from safetensors files, strictly. Tensors of the wanted
-    dtype stay pages of the file, the others are converted one by one: memory never holds two copies."""
+    dtype stay pages of the file, the others are converted one by one: memory never holds two copies. int8 ones have a
+    scale a row beside them, as tests/bench_gpu.py writes them."""
     state = {}
     for path in files:
         try:
@@ -178,7 +179,7 @@ def load_weights(module, files, dtype=torch.float32, device="cpu"):
                 for key in file.keys():
                     if key not in getattr(module, "keys_to_ignore", ()) and not key.endswith(".int8_scale"):
                         value = file.get_tensor(key)
-                        if value.dtype == torch.int8:  # see tests/bench_gpu.py, in_int8
+                        if value.dtype == torch.int8:
                             value = value * file.get_tensor(f"{key}.int8_scale")
                         state[key] = value.to(device, dtype)
         except OSError as error:
@@ -253,7 +254,7 @@ class TimeConv(nn.Conv3d):
 
 class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm, and for large images on a GPU a faster way to the same numbers: its CUDA kernel adds a group up on
-    one multiprocessor of a hundred, and copies channels-last images to and fro. Only the VAE has such images."""
+    one multiprocessor of a hundred, and copies channels-last images to and fro. Of the paper's model, the VAE's."""
 
     def forward(self, x):
         large = x.is_cuda and x[0].numel() > LARGE and not torch.is_grad_enabled()

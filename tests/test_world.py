@@ -166,6 +166,12 @@ def test_demonstrations_are_smooth_and_in_the_cameras(task):
     assert ((pixel >= 0) & (pixel <= (79, 63))).all(-1).mean(1).min() > 0.85 and z.min() > 0
 
 
+def test_frames_are_left_out_of_rendered_episodes_alone(monkeypatch):
+    monkeypatch.setattr("sys.argv", "data.py --source hub --every 5".split())
+    with pytest.raises(ValueError, match="--every"):
+        data.main()
+
+
 def test_episodes_on_disk(tmp_path):
     """Packed like recorded ones, the same from any number of processes; what is there stays, what misfits is named."""
     size, names = (16, 20), ["synthetic_01000", "synthetic_01001"]
