@@ -485,7 +485,7 @@ def execute(world, path, frames):
 
     Only the motion since the observed frame is used, in each hand's own frame: no camera pose. Fingers that open by
     more than 3 mm do so before the hand moves on: half a second can hold a release and a departure."""
-    first, openings = world.gripper_in_world, path["opening"]  # (A, 4, 4), (F, A)
+    first, openings = world.gripper_in_world, np.where(path["closed"], 0, path["opening"])  # (A, 4, 4), (F, A)
     targets = first @ invert(path["gripper_in_ref"][0]) @ path["gripper_in_ref"]  # (F, A, 4, 4)
     even = np.arange(1, STRIDE + 1)[:, None] / STRIDE
     for target, opening in zip(targets[1:frames + 1], openings[1:]):
@@ -497,9 +497,9 @@ def execute(world, path, frames):
 
 
 def rollout(task, seed, size, imagine, generated, views=2, acted=10):
-    """One try: observe, imagine, track, act on the first `acted` frames, or, where a hand is lost in all these, on as
-    many as it takes to one in which none is (a robot that stays sees the same again), and so on. 'success', or what
-    failed first:
+    """One try: observe, imagine, track, act on the first `acted` frames, or on as many as it takes to one in which no
+    hand is lost and one does something (a robot that stays sees the same again), and so on. 'success', or what failed
+    first:
 
     tracking    the track left the script's path by more than 5 cm while lost, or in a true video;
     generation  it did so in a generated video, and was not lost while it was astray;
@@ -512,7 +512,9 @@ def rollout(task, seed, size, imagine, generated, views=2, acted=10):
     frame = 0
     while frame < LIMIT:
         path = track.track(imagine(world, frame * STRIDE, cameras, size))
-        found = 1 + np.flatnonzero(~path["lost"][1:].any(1))
+        way = pose_errors(path["gripper_in_ref"][1:], path["gripper_in_ref"][:1])[0]  # (T, A)
+        acts = (way > data.MOVED) | (np.abs(np.diff(path["opening"], axis=0)) > track.EVENT)
+        found = 1 + np.flatnonzero(acts.any(1) & ~path["lost"][1:].any(1))
         count = min(max([acted, *found[:1].tolist()]), LIMIT - frame)
         execute(world, path, count)
         if world.success():

@@ -34,7 +34,7 @@ HALF_TURN = np.diag([-1.0, -1, 1, 1])  # about the approach axis: the hand onto 
 
 # Tuned on recorded episodes; WELL and MIN_FIT also on synthetic ones at 64 x 80 and on the soft hands of a tiny model
 AGREE = 0.012                          # m along the ray: model and measurement are one surface; a finger's, half
-NOISY = 0.001                          # m: depth that fluctuates more is a generator's, and is mended
+NOISY = 0.0003                         # m: depth that fluctuates more is a generator's, and is mended
 SIGMAS = 3                             # of that fluctuation, or of NOISY: what changed by less is scenery
 DRIFT = 0.05                           # m that a generated view may be off as a whole
 FLANGE = 0.09                          # m around the flange, behind the hand: what is there turns with it
@@ -52,7 +52,8 @@ MIN_AGREE, MIN_SHARE = 30, 0.75        # of a believed pose: points that agree, 
 MIN_SCORE = 0.55, 0.7                  # its score a point in view; the same after a loss
 MIN_FIT = 0.33                         # its score a point in view times how near measured points are; more in noise
 WELL = 0.8, 0.3                        # score a point in view, share in view: needs no search
-CHANGE = 3, 7                          # points that moving fingers cost while the hand rests, and while it moves
+CHANGE = 3, 15                         # points that moving fingers cost while the hand rests, and while it moves
+BLUR = 0.03                            # m in a frame: fingers of a generated hand that moves faster are not listened to
 EVENT = 0.007                          # m, the fingers' way beyond which they have closed or opened
 
 
@@ -527,9 +528,10 @@ def track_one(model, scene, state, dt):
     if near * seen.score[0] < MIN_FIT * (1 + SIGMAS * (noise / AGREE)**2) * seen.in_view[0]:
         return lost(f"a blur: {100 * fitness:.0f} % of the points in view are near measured ones, "
                     f"{1000 * inlier_rmse:.1f} mm away")
-    motion = np.eye(4) if state.missed else invert(state.pose) @ pose[0]
-    return SimpleNamespace(pose=pose[0], motion=motion, opening=seen.opening[0], missed=0, why="", fitness=fitness,
-                           inlier_rmse=inlier_rmse, profile=seen.profile[0])
+    motion, moved = invert(state.pose) @ pose[0], pose_errors(pose[0], state.pose)[0]
+    heard = np.exp(-(moved / BLUR)**2) if noise > NOISY else 1
+    return SimpleNamespace(pose=pose[0], motion=np.eye(4) if state.missed else motion, opening=seen.opening[0],
+                           missed=0, why="", fitness=fitness, inlier_rmse=inlier_rmse, profile=heard * seen.profile[0])
 
 
 def step(models, scene, states, dt):

@@ -59,8 +59,8 @@ except ImportError:  # Windows: nothing keeps a second process out of a run fold
 # A flag's default, [tiny, small, svd] where it depends on the preset, or (choices), the first of them; and its help.
 # --single: geometry is learned from many view pairs, and one frame shows a pair as ten do, at a tenth of the price.
 # --P_mean: at low noise the target itself gives the other camera away, and cross-view attention has nothing to learn.
-# --mask_weight: a hand is few pixels, and one drawn a little too fat is still found; weighed like what is around it, it
-# fades. README, "What failed", has the figures.
+# --mask_weight: a hand is few pixels; weighed like what is around it, it fades. Where it only may be, it is drawn from a
+# likelihood of one in this weight on: too fat, which tiny's blur needs to be found, and small's not.
 FLAGS = {
     "steps": ([800, 4000, 30000], "optimiser steps"),
     "single": ([0.95, 0.97, 0.0], "share of them, the first, on single frames"),
@@ -76,7 +76,7 @@ FLAGS = {
     "P_std": ([1.5, 1.5, 1.6], "standard deviation of ln(sigma)"),
     "weight_cap": ([5.0, 5.0, 1e9], "largest weight of a noise level"),
     "huber": ([0.01, 0.01, 0.0], "in [-1, 1]: pixels further off count in proportion; 0: squared error of latents"),
-    "mask_weight": ([32.0, 32.0, 1.0], "extra weight with a gripper there or beside"),
+    "mask_weight": ([32.0, 8.0, 1.0], "extra weight with a gripper there or beside"),
     "moving_weight": ([2.0, 2.0, 0.0], "extra weight where something moves"),
     "dropout": ([0.0, 0.0, 0.1], "of each condition, for guidance"),
     "lambda_3d": ([3.0, 3.0, 1.0], "weight of the pointmaps in the loss"),
@@ -104,7 +104,7 @@ LOG_EVERY, EVAL_CLIPS = 20, 6        # steps; held-out clips of an evaluation
 # MiB that backward needs for a frame of two views, in clips and alone, in bf16: counted by tests/test_memory.py
 ACTIVATIONS = {"tiny": (31.7, 20.1), "small": (83.5, 49.6), "svd": (381, 381)}
 # Synthetic episodes, where there are none, and which of their frames: a large network learns a hundred by heart.
-SCENES = {"tiny": (25, 1), "small": (600, 5), "svd": (25, 1)}
+SCENES = {"tiny": (25, 1), "small": (800, 5), "svd": (25, 1)}
 EXPLODED = 1e3                       # no weight comes near this while a network learns
 
 

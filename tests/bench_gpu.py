@@ -209,7 +209,7 @@ def recipe(args):
     source, python = args.out.parent / f"bench_data_{args.task}", [sys.executable]
     few = args.rehearse
     commands = dict(
-        render=["data.py", "--task", args.task, "--out", source, "--every", 5, "--episodes", 4 if few else 600],
+        render=["data.py", "--task", args.task, "--out", source, "--every", 5, "--episodes", 4 if few else 800],
         train=["train.py", "--task", args.task, "--preset", "tiny" if few else "small", "--data", source, "--out",
                folder, "--minutes", args.recipe] + (["--single_batch", 2, "--batch", 1] if few else args.train_flags),
         sample=["sample.py", "--run", folder, "--data", source, "--out", args.out / "sample"],

@@ -138,8 +138,9 @@ def moving_clip(frames=3, step=0.04):
 
 
 def true_track(clip, **_):
-    in_ref = clip["true_gripper_in_ref"]
-    return dict(gripper_in_ref=in_ref, opening=clip["true_opening"], lost=np.zeros(in_ref.shape[:2], bool))
+    in_ref, opening = clip["true_gripper_in_ref"], clip["true_opening"]
+    return dict(gripper_in_ref=in_ref, opening=opening, closed=ev.track.closed_flags(opening),
+                lost=np.zeros(in_ref.shape[:2], bool))
 
 
 def means(clip, trajectory=None):
@@ -391,6 +392,23 @@ def test_a_lost_hand_waits_for_the_next_frame_in_which_it_is_found(perfect_track
     assert len(looks) > 3 and set(np.diff(looks)) == {4 * ev.STRIDE}
 
 
+def test_a_hand_that_rests_waits_for_the_next_frame_in_which_it_moves(perfect_tracker, monkeypatch):
+    def rests(clip):
+        path, moves = true_track(clip), np.stack([pose((0, 0, 0.02 * max(t - 2, 0))) for t in range(11)])
+        return path | {"gripper_in_ref": path["gripper_in_ref"][:1] @ moves[:, None],
+                       "opening": path["opening"][:1].repeat(11, 0)}
+
+    looks, look = [], lambda *now: looks.append(now[1]) or oracle(*now)
+    monkeypatch.setattr(ev.track, "track", rests)
+    ev.rollout(1, ev.ROLLOUT_SEED, (16, 20), look, True, acted=1)
+    assert len(looks) > 3 and set(np.diff(looks)) == {3 * ev.STRIDE}
+    closes = lambda clip: rests(clip) | {"opening": np.linspace(0.08, 0.0, 11)[:, None]}
+    monkeypatch.setattr(ev.track, "track", closes)                      # fingers that move are an act too
+    looks.clear()
+    ev.rollout(1, ev.ROLLOUT_SEED, (16, 20), look, True, acted=1)
+    assert set(np.diff(looks)) == {ev.STRIDE}
+
+
 def test_failures_are_sorted(perfect_tracker, monkeypatch):
     moved = lambda clip: true_track(clip) | {"gripper_in_ref": np.concatenate(
         [clip["true_gripper_in_ref"][:1], clip["true_gripper_in_ref"][1:] @ pose((0.1, 0.1, 0.1))])}
@@ -399,7 +417,8 @@ def test_failures_are_sorted(perfect_tracker, monkeypatch):
     assert attempt(generated=True) == "generation" and attempt(generated=False) == "tracking"
     monkeypatch.setattr(ev.track, "track", lambda clip: moved(clip) | {"lost": (np.arange(11) == 5)[:, None]})
     assert attempt(generated=True) == "tracking"
-    monkeypatch.setattr(ev.track, "track", lambda clip: true_track(clip) | {"opening": np.full((11, 1), 0.08)})
+    monkeypatch.setattr(ev.track, "track", lambda clip: true_track(clip) | {
+        "opening": np.full((11, 1), 0.08), "closed": np.zeros((11, 1), bool)})
     assert attempt(generated=True) == "execution"                       # it never grasps
 
 
@@ -409,13 +428,17 @@ def test_execution_needs_no_camera_pose_and_lets_go_before_it_leaves():
         world.reset(ev.ROLLOUT_SEED)
         start = world.gripper_in_world
         path = np.stack([frame @ start @ pose((0, 0, 0.01 * t)) for t in range(4)])
-        ev.execute(world, dict(gripper_in_ref=path, opening=np.full((4, 1), 0.06)), 2)
+        ev.execute(world, dict(gripper_in_ref=path, opening=np.full((4, 1), 0.06), closed=np.zeros((4, 1), bool)), 2)
         assert world.gripper_in_world == pytest.approx(start @ pose((0, 0, 0.02)), abs=1e-9)
     start, steps = world.gripper_in_world, []
     world.step = lambda in_world, opening: steps.append((np.linalg.norm((in_world - start)[0, :3, 3]), opening[0]))
-    ev.execute(world, dict(gripper_in_ref=path, opening=world.opening + 0.02 * np.arange(4)[:, None]), 1)
+    wider = dict(gripper_in_ref=path, opening=world.opening + 0.02 * np.arange(4)[:, None])
+    ev.execute(world, wider | dict(closed=np.zeros((4, 1), bool)), 1)
     moved, width = zip(*steps)
     assert moved[1] == 0 and moved[-1] == pytest.approx(0.01) and width[2] == pytest.approx(world.opening[0] + 0.02)
+    steps.clear()
+    ev.execute(world, wider | dict(closed=np.ones((4, 1), bool)), 1)           # until they are stopped
+    assert steps[-1][1] == 0
 
 
 def test_cameras_are_placed_to_see_the_hand(monkeypatch):
