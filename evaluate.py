@@ -480,26 +480,31 @@ def scripted_future(world, step, cameras, size, frames=10):
                        true_gripper_in_ref=world_in_ref @ gripper_in_world, true_opening=opening)
 
 
-def execute(world, path, frames):
-    """Moves the hands along the first `frames` steps of a tracked path, in straight lines, at the world's rate.
+def execute(world, path, first, t):
+    """Moves the hands from where they are to frame t of a tracked path that began when they were at `first`
+    (A, 4, 4), in straight lines, at the world's rate. A hand that is lost there heads for where it is found next.
 
-    Only the motion since the observed frame is used, in each hand's own frame: no camera pose. Fingers that open by
-    more than 3 mm do so before the hand moves on: half a second can hold a release and a departure."""
-    first, openings = world.gripper_in_world, np.where(path["closed"], 0, path["opening"])  # (A, 4, 4), (F, A)
+    Only the motion since the observed frame is used, in each hand's own frame: no camera pose. Closed fingers close
+    until they are stopped. Those that open by more than 3 mm do so before the hand moves on: half a second can hold a
+    release and a departure."""
+    start, width = world.gripper_in_world, np.array(world.opening)
     targets = first @ invert(path["gripper_in_ref"][0]) @ path["gripper_in_ref"]  # (F, A, 4, 4)
-    even = np.arange(1, STRIDE + 1)[:, None] / STRIDE
-    for target, opening in zip(targets[1:frames + 1], openings[1:]):
-        start, width = world.gripper_in_world, np.array(world.opening)
-        release = opening - width > 0.003
-        hand, fingers = np.where(release, 2 * even - 1, even).clip(0), np.where(release, 2 * even, even).clip(max=1)
-        for share, wide in zip(hand, width + fingers * (opening - width)):  # (A,), (A,)
-            world.step(np.stack([data.between(*arm) for arm in zip(start, target, share)]), wide)
+    goal, opening = start.copy(), width.copy()
+    for a, lost in enumerate(path["lost"][t:].T):
+        if not lost.all():
+            ahead = np.argmin(lost)  # frames
+            goal[a] = data.between(start[a], targets[t + ahead, a], 1 / (1 + ahead))
+            if not ahead:
+                opening[a] = 0 if path["closed"][t, a] else path["opening"][t, a]
+    even, release = np.arange(1, STRIDE + 1)[:, None] / STRIDE, opening - width > 0.003
+    hand, fingers = np.where(release, 2 * even - 1, even).clip(0), np.where(release, 2 * even, even).clip(max=1)
+    for share, wide in zip(hand, width + fingers * (opening - width)):  # (A,), (A,)
+        world.step(np.stack([data.between(*arm) for arm in zip(start, goal, share)]), wide)
 
 
 def rollout(task, seed, size, imagine, generated, views=2, acted=10):
-    """One try: observe, imagine, track, act on the first `acted` frames, or on as many as it takes to one in which no
-    hand is lost and one does something (a robot that stays sees the same again), and so on. 'success', or what failed
-    first:
+    """One try: observe, imagine, track, act on the first `acted` frames and, as a robot that stays sees the same again,
+    on those after them until it has done something, and so on. 'success', or what failed first:
 
     tracking    the track left the script's path by more than 5 cm while lost, or in a true video;
     generation  it did so in a generated video, and was not lost while it was astray;
@@ -512,11 +517,14 @@ def rollout(task, seed, size, imagine, generated, views=2, acted=10):
     frame = 0
     while frame < LIMIT:
         path = track.track(imagine(world, frame * STRIDE, cameras, size))
-        way = pose_errors(path["gripper_in_ref"][1:], path["gripper_in_ref"][:1])[0]  # (T, A)
-        acts = (way > data.MOVED) | (np.abs(np.diff(path["opening"], axis=0)) > track.EVENT)
-        found = 1 + np.flatnonzero(acts.any(1) & ~path["lost"][1:].any(1))
-        count = min(max([acted, *found[:1].tolist()]), LIMIT - frame)
-        execute(world, path, count)
+        first, opening = world.gripper_in_world, np.array(world.opening)
+        for count in range(1, 1 + min(len(path["lost"]) - 1, LIMIT - frame)):
+            execute(world, path, first, count)
+            way = pose_errors(world.gripper_in_world, first)[0]  # (A,)
+            if count >= acted and (way.max() > data.MOVED or np.abs(world.opening - opening).max() > track.EVENT):
+                break
+        else:
+            count = acted
         if world.success():
             return "success"
         now = np.minimum(STRIDE * (frame + 1 + np.arange(count)), len(script) - 1)

@@ -52,7 +52,7 @@ MIN_AGREE, MIN_SHARE = 30, 0.75        # of a believed pose: points that agree, 
 MIN_SCORE = 0.55, 0.7                  # its score a point in view; the same after a loss
 MIN_FIT = 0.33                         # its score a point in view times how near measured points are; more in noise
 WELL = 0.8, 0.3                        # score a point in view, share in view: needs no search
-CHANGE = 3, 15                         # points that moving fingers cost while the hand rests, and while it moves
+CHANGE = 3, 10                         # points that moving fingers cost while the hand rests, and while it moves
 BLUR = 0.03                            # m in a frame: fingers of a generated hand that moves faster are not listened to
 EVENT = 0.007                          # m, the fingers' way beyond which they have closed or opened
 

@@ -381,32 +381,37 @@ def test_rollout_of_the_true_future_succeeds(task, acted, perfect_tracker):
     assert looks == list(range(0, looks[-1] + 1, acted * ev.STRIDE)) and len(looks) * acted > 10
 
 
-def test_a_lost_hand_waits_for_the_next_frame_in_which_it_is_found(perfect_tracker, monkeypatch):
-    looks, lost = [], np.isin(np.arange(11), (1, 2))[:, None]
-    monkeypatch.setattr(ev.track, "track", lambda clip: true_track(clip) | {"lost": lost})
-    ev.rollout(1, ev.ROLLOUT_SEED, (16, 20), lambda *now: looks.append(now[1]) or oracle(*now), True, acted=1)
-    assert len(looks) > 3 and set(np.diff(looks)) == {3 * ev.STRIDE}
-    monkeypatch.setattr(ev.track, "track", lambda clip: true_track(clip) | {"lost": lost | True})
-    looks.clear()                                                       # never found: it acts on what it was told
-    ev.rollout(1, ev.ROLLOUT_SEED, (16, 20), lambda *now: looks.append(now[1]) or oracle(*now), True, acted=4)
-    assert len(looks) > 3 and set(np.diff(looks)) == {4 * ev.STRIDE}
+def test_a_lost_hand_heads_for_where_it_is_found_next(perfect_tracker, monkeypatch):
+    world = data.World(1)
+    world.reset(ev.ROLLOUT_SEED)
+    first, moves = world.gripper_in_world, np.stack([pose((0, 0, 0.01 * t), (0, 0, 0.1 * t)) for t in (0, 0, 0, 3, 3)])
+    path = dict(gripper_in_ref=first @ moves[:, None], opening=np.array([[0.08], [0.02], [0.02], [0.06], [0.06]]),
+                closed=np.zeros((5, 1), bool), lost=np.array([[0], [1], [1], [0], [1]], bool))
+    for t, along, width in ((1, 0.01, 0.08), (2, 0.02, 0.08), (3, 0.03, 0.06), (4, 0.03, 0.06)):
+        ev.execute(world, path, first, t)                               # lost at last: it stays
+        assert world.gripper_in_world[0] == pytest.approx(first[0] @ pose((0, 0, along), (0, 0, 10 * along)), abs=1e-9)
+        assert world.opening[0] == pytest.approx(width)                 # fingers wait until they are seen
+    looks, look = [], lambda *now: looks.append(now[1]) or oracle(*now)
+    monkeypatch.setattr(ev.track, "track", lambda clip: true_track(clip) | {"lost": np.ones((11, 1), bool)})
+    ev.rollout(1, ev.ROLLOUT_SEED, (16, 20), look, True, acted=4)
+    assert len(looks) > 3 and set(np.diff(looks)) == {4 * ev.STRIDE}    # never found: another look
 
 
-def test_a_hand_that_rests_waits_for_the_next_frame_in_which_it_moves(perfect_tracker, monkeypatch):
+def test_a_hand_that_rests_acts_on_until_it_has_done_something(perfect_tracker, monkeypatch):
     def rests(clip):
         path, moves = true_track(clip), np.stack([pose((0, 0, 0.02 * max(t - 2, 0))) for t in range(11)])
         return path | {"gripper_in_ref": path["gripper_in_ref"][:1] @ moves[:, None],
-                       "opening": path["opening"][:1].repeat(11, 0)}
+                       "opening": path["opening"][:1].repeat(11, 0), "closed": np.zeros((11, 1), bool)}
 
     looks, look = [], lambda *now: looks.append(now[1]) or oracle(*now)
     monkeypatch.setattr(ev.track, "track", rests)
     ev.rollout(1, ev.ROLLOUT_SEED, (16, 20), look, True, acted=1)
     assert len(looks) > 3 and set(np.diff(looks)) == {3 * ev.STRIDE}
-    closes = lambda clip: rests(clip) | {"opening": np.linspace(0.08, 0.0, 11)[:, None]}
+    closes = lambda clip: rests(clip) | {"opening": clip["true_opening"][0] - 0.01 * np.arange(11)[:, None]}
     monkeypatch.setattr(ev.track, "track", closes)                      # fingers that move are an act too
     looks.clear()
     ev.rollout(1, ev.ROLLOUT_SEED, (16, 20), look, True, acted=1)
-    assert set(np.diff(looks)) == {ev.STRIDE}
+    assert looks[:4] == [0, ev.STRIDE, 2 * ev.STRIDE, 3 * ev.STRIDE]
 
 
 def test_failures_are_sorted(perfect_tracker, monkeypatch):
@@ -428,16 +433,18 @@ def test_execution_needs_no_camera_pose_and_lets_go_before_it_leaves():
         world.reset(ev.ROLLOUT_SEED)
         start = world.gripper_in_world
         path = np.stack([frame @ start @ pose((0, 0, 0.01 * t)) for t in range(4)])
-        ev.execute(world, dict(gripper_in_ref=path, opening=np.full((4, 1), 0.06), closed=np.zeros((4, 1), bool)), 2)
+        never, first = np.zeros((4, 1), bool), world.gripper_in_world
+        for t in (1, 2):
+            ev.execute(world, dict(gripper_in_ref=path, opening=np.full((4, 1), 0.06), closed=never, lost=never), first, t)
         assert world.gripper_in_world == pytest.approx(start @ pose((0, 0, 0.02)), abs=1e-9)
     start, steps = world.gripper_in_world, []
     world.step = lambda in_world, opening: steps.append((np.linalg.norm((in_world - start)[0, :3, 3]), opening[0]))
-    wider = dict(gripper_in_ref=path, opening=world.opening + 0.02 * np.arange(4)[:, None])
-    ev.execute(world, wider | dict(closed=np.zeros((4, 1), bool)), 1)
+    wider = dict(gripper_in_ref=path, opening=world.opening + 0.02 * np.arange(4)[:, None], lost=never)
+    ev.execute(world, wider | dict(closed=never), start, 1)
     moved, width = zip(*steps)
     assert moved[1] == 0 and moved[-1] == pytest.approx(0.01) and width[2] == pytest.approx(world.opening[0] + 0.02)
     steps.clear()
-    ev.execute(world, wider | dict(closed=np.ones((4, 1), bool)), 1)           # until they are stopped
+    ev.execute(world, wider | dict(closed=~never), start, 1)                   # until they are stopped
     assert steps[-1][1] == 0
 
 

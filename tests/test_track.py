@@ -222,6 +222,18 @@ def test_a_generators_points_are_tracked(video):
     assert np.median(shift) < 0.01 and np.median(turn) < 5 and (shift[~result["lost"][:, 0]] < 0.03).all()
 
 
+def test_fingers_of_a_generated_hand_count_only_while_it_rests():
+    """A generator draws what moves as a blur: there, other than in a true video, closing is not believed at once."""
+    x = np.array([0.0, 0.06, 0.12, 0.12])
+    poses = data.pose(np.stack([x, 0 * x, 0 * x + 0.25], 1), np.stack([DOWN] * 4))
+    clip = clip_of([(poses, np.array([0.078, 0.03, 0.03, 0.03]))])
+    short = lambda clip, frames: {key: value[:, :frames] if key in ("rgb", "points", "valid") else value
+                                  for key, value in clip.items() if "true" not in key}
+    read = lambda clip, frames: track.track(short(clip, frames))["opening"][-1, 0]
+    noisy = generated(clip, 0.002)
+    assert abs(read(clip, 2) - 0.03) < 0.01 and read(noisy, 2) > 0.07 and read(noisy, 3) < 0.06
+
+
 def test_a_blur_of_a_hand_is_lost():
     """The mean of three frames, as a squared error asks for: a hand is found in it where it is, or not at all."""
     size, good, lost = (64, 80), [], []
