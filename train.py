@@ -59,8 +59,8 @@ except ImportError:  # Windows: nothing keeps a second process out of a run fold
 # A flag's default, [tiny, small, svd] where it depends on the preset, or (choices), the first of them; and its help.
 # --single: geometry is learned from many view pairs, and one frame shows a pair as ten do, at a tenth of the price.
 # --P_mean: at low noise the target itself gives the other camera away, and cross-view attention has nothing to learn.
-# --mask_weight: a hand is few pixels; weighed like what is around it, it fades. Where it only may be, it is drawn from a
-# likelihood of one in this weight on: too fat, which tiny's blur needs to be found, and small's not.
+# --mask_weight: a hand is few pixels; weighed like what is around it, it fades. Weighed so, it is drawn wherever it is
+# likelier than one in this weight: too fat, thanks to which tiny's blur is found, and small's sharp hand is not.
 FLAGS = {
     "steps": ([800, 4000, 30000], "optimiser steps"),
     "single": ([0.95, 0.97, 0.0], "share of them, the first, on single frames"),
