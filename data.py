@@ -1,7 +1,7 @@
 """The clip, the one dictionary that every stage reads and writes, and the episodes it is cut from.
 
     python data.py --task 1                            # render the synthetic world's episodes into data/task_1
-    python data.py --task 1 --episodes 600 --every 5   # many scenes, at the 2 Hz of clips
+    python data.py --task 1 --episodes 800 --every 5   # many scenes, at the 2 Hz of clips
     python data.py --task 1 --source FOLDER            # pack recorded episodes and say what was found
     python data.py --task 1 --source hub --episodes 3  # download and pack three of the public episodes
 

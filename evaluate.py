@@ -490,7 +490,7 @@ def execute(world, path, first, t):
     start, width = world.gripper_in_world, np.array(world.opening)
     targets = first @ invert(path["gripper_in_ref"][0]) @ path["gripper_in_ref"]  # (F, A, 4, 4)
     goal, opening = start.copy(), width.copy()
-    for a, lost in enumerate(path["lost"][t:].T):
+    for a, lost in enumerate(path["lost"][t:].T):  # (F - t,)
         if not lost.all():
             ahead = np.argmin(lost)  # frames
             goal[a] = data.between(start[a], targets[t + ahead, a], 1 / (1 + ahead))
@@ -555,7 +555,7 @@ def rollouts(run, task, count, out, views, acted, frames, steps):
         low, high = binomtest(won, count).proportion_ci(method="wilson")
         lines.append(f"| {label} | {won}/{count} = {won / count:.2f} | {low:.2f}-{high:.2f} | {failed} |")
     lines += [f"| *paper: ours, 30 rollouts* | {PUBLISHED_SUCCESS[task]} | | | | |", "",
-              f"- task {task}, {data.size_text(size)}, {views} views, {acted} of {frames} frames acted on", ""]
+              f"- task {task}, {data.size_text(size)}, {views} views, {acted} or more of {frames} frames acted on", ""]
     write_results(out, "rollouts", outcomes, "\n".join(lines))
 
 
@@ -583,7 +583,7 @@ def parse():
     add("--steps", type=int, help="steps of the sampler [1 of the small presets, 8 of svd]")
     add("--seeds", type=int, nargs="+", help="of the sampler's noise, and of the training with --ablation [0 1]")
     add("--i3d", metavar="FILE", help="TorchScript I3D, for FVD and MMD")
-    add("--execute", type=int, metavar="K", help="with --rollout: frames to act on before looking again [--frames]")
+    add("--execute", type=int, metavar="K", help="with --rollout: act on K frames or more, look again [--frames]")
     args = parser.parse_args()
     args.mode = next((mode for mode in list(USELESS)[:3] if getattr(args, mode) is not None), "evaluation")
     for name, value in vars(args).items():

@@ -32,7 +32,8 @@ STROKE = 0.08                          # m, the hand's widest opening
 WIDTHS = np.linspace(0, STROKE, 33)    # m, the openings that are tried
 HALF_TURN = np.diag([-1.0, -1, 1, 1])  # about the approach axis: the hand onto itself, fingers swapped
 
-# Tuned on recorded episodes; WELL and MIN_FIT also on synthetic ones at 64 x 80 and on the soft hands of a tiny model
+# Tuned on recorded episodes; WELL and MIN_FIT also on synthetic ones at 64 x 80 and on the soft hands of a tiny model,
+# NOISY, CHANGE and BLUR also on the sharper ones of a small model
 AGREE = 0.012                          # m along the ray: model and measurement are one surface; a finger's, half
 NOISY = 0.0003                         # m: depth that fluctuates more is a generator's, and is mended
 SIGMAS = 3                             # of that fluctuation, or of NOISY: what changed by less is scenery

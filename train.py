@@ -60,7 +60,7 @@ except ImportError:  # Windows: nothing keeps a second process out of a run fold
 # --single: geometry is learned from many view pairs, and one frame shows a pair as ten do, at a tenth of the price.
 # --P_mean: at low noise the target itself gives the other camera away, and cross-view attention has nothing to learn.
 # --mask_weight: a hand is few pixels; weighed like what is around it, it fades. Weighed so, it is drawn wherever it is
-# likelier than one in this weight: too fat, thanks to which tiny's blur is found, and small's sharp hand is not.
+# likelier than one in this weight: too fat, thanks to which tiny's blur is found; small's is sharper.
 FLAGS = {
     "steps": ([800, 4000, 30000], "optimiser steps"),
     "single": ([0.95, 0.97, 0.0], "share of them, the first, on single frames"),
