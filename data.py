@@ -479,17 +479,18 @@ def moving_starts(episode, frames=FRAMES):
 class Clips:
     """Clips of V views from the cameras and episodes of one split: [i] as tensors, .clip(i) as the metric dictionary,
     each a function of (seed, i) alone. `single`: one predicted frame (T = 1), the nearer of two random ones, for a
-    robot acts on the first and looks again.
+    robot acts on the first and looks again; the share `late` of these starts anywhere, with as many ahead as are left:
+    a whole clip fits only where an episode begins, and the robot looks until it ends.
 
     A rig of fewer than 16 cameras serves both splits with all of them, and a folder whose episodes are all of one
     split with all of those (`held_out` is then False).
     """
 
-    def __init__(self, folder, split, size, views=2, frames=FRAMES, single=False, seed=0):
+    def __init__(self, folder, split, size, views=2, frames=FRAMES, single=False, late=0.0, seed=0):
         every = [load_episode(path) for path in episode_folders(folder)]
         chosen = [episode for episode in every if split_of(episode.folder.name) == split]
         self.held_out = 0 < len(chosen) < len(every)
-        self.cuts = []  # (episode, frames it can start at, cameras)
+        self.cuts = []  # (episode, frames it can start at with a whole clip ahead, or with one frame, cameras)
         for episode in chosen or every:
             half = TRAIN_CAMERAS if split == "train" else TEST_CAMERAS
             cameras = np.array(half if episode.cameras >= 16 else range(episode.cameras))
@@ -497,20 +498,22 @@ class Clips:
                 raise ValueError(f"{episode.folder} has {len(cameras)} cameras for the {split} split at "
                                  f"{size_text(episode.size)}, not {views} at {size_text(size)}: see data.py --size")
             if starts := moving_starts(episode, frames):
-                self.cuts.append((episode, starts, cameras))
+                self.cuts.append((episode, starts, moving_starts(episode, 1), cameras))
         if not self.cuts:
             raise ValueError(f"no {split} episode of {folder} holds a moving clip of 1 + {frames} frames")
         self.size, self.views, self.frames = tuple(size), views, frames
-        self.single, self.seed = single, seed
+        self.single, self.late, self.seed = single, late, seed
 
     def __getitem__(self, i):
         return to_tensors(self.clip(i))
 
     def clip(self, i):
         draw = np.random.default_rng([self.seed, i])
-        episode, starts, cameras = self.cuts[draw.integers(len(self.cuts))]
-        start, cameras = int(draw.choice(starts)), draw.choice(cameras, self.views, replace=False)
-        predicted = [draw.integers(self.frames, size=2).min()] if self.single else np.arange(self.frames)
+        episode, starts, anywhere, cameras = self.cuts[draw.integers(len(self.cuts))]
+        late = self.single and self.late and draw.random() < self.late
+        start, cameras = int(draw.choice(anywhere if late else starts)), draw.choice(cameras, self.views, replace=False)
+        left = min(self.frames, (episode.frames - 1 - start) // episode.stride)
+        predicted = [draw.integers(left, size=2).min()] if self.single else np.arange(self.frames)
         return read_clip(episode, start, cameras, predicted, self.size)
 
 

@@ -35,9 +35,9 @@ HALF_TURN = np.diag([-1.0, -1, 1, 1])  # about the approach axis: the hand onto 
 # Tuned on recorded episodes; WELL and MIN_FIT also on synthetic ones at 64 x 80 and on the soft hands of a tiny model,
 # NOISY, CHANGE and BLUR also on the sharper ones of a small model
 AGREE = 0.012                          # m along the ray: model and measurement are one surface; a finger's, half
-NOISY = 0.0003                         # m: depth that fluctuates more is a generator's, and is mended
-SIGMAS = 3                             # of that fluctuation, or of NOISY: what changed by less is scenery
-DRIFT = 0.05                           # m that a generated view may be off as a whole
+NOISY = 1e-5                           # m: depth that fluctuates more is a generator's, and is mended
+SIGMAS, STILL = 3, 0.0009              # of that fluctuation, and m: what changed by less is scenery
+DRIFT, BARED = 0.05, 0.03              # m that a generated view may be off as a whole, and what comes to light in it
 FLANGE = 0.09                          # m around the flange, behind the hand: what is there turns with it
 SAMPLE = 4000                          # scene points, at most, that a fit uses
 VOXEL, SEARCHED = 0.03, 60             # m and model points, of the search: as fine as ICP needs it
@@ -234,9 +234,10 @@ def read_frame(points, valid, observed, here):
             change, noise[v] = change_of(z, observed.depth[v])
         if SIGMAS * noise[v] > DRIFT:  # tells no pose from another
             z = 0 * z
-        depth[v], tolerance = z.clip(0), SIGMAS * max(noise[v], NOISY)
+        depth[v], tolerance = z.clip(0), max(SIGMAS * noise[v], STILL)
         still[v] = (change < tolerance) & ~here[v]
         bare = depth[v] > observed.depth[v] + max(AGREE, tolerance)
+        tolerance = max(tolerance, BARED) if noise[v] > NOISY else tolerance
         still[v] |= bare & (continues(depth[v], still[v], bare, tolerance)
                             | continues(depth[v].T, still[v].T, bare.T, tolerance).T)
     return make_scene(depth, observed.intrinsics, observed.view_in_ref, noise, still)

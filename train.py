@@ -58,6 +58,8 @@ except ImportError:  # Windows: nothing keeps a second process out of a run fold
 
 # A flag's default, [tiny, small, svd] where it depends on the preset, or (choices), the first of them; and its help.
 # --single: geometry is learned from many view pairs, and one frame shows a pair as ten do, at a tenth of the price.
+# --late: starts all over an episode are harder to learn than its first ones, by which clips are scored; `tiny`, too
+# small for both, leaves them out.
 # --P_mean: at low noise the target itself gives the other camera away, and cross-view attention has nothing to learn.
 # --mask_weight: a hand is few pixels; weighed like what is around it, it fades. Weighed so, it is drawn wherever it is
 # likelier than one in this weight: too fat, thanks to which tiny's blur is found; small's is sharper.
@@ -65,6 +67,7 @@ FLAGS = {
     "steps": ([800, 4000, 30000], "optimiser steps"),
     "single": ([0.95, 0.97, 0.0], "share of them, the first, on single frames"),
     "single_batch": ([16, 256, 1], "single-frame samples a batch and process"),
+    "late": ([0.0, 0.7, 0.0], "share of these that start anywhere, not where a whole clip fits"),
     "batch": ([2, 16, 1], "clips a batch and process"),
     "accumulate": ([1, 1, 4], "batches a step"),
     "lr": ([2e-3, 2e-3, 1e-5], "peak learning rate of AdamW"),
@@ -397,7 +400,8 @@ def batches(run, single, first, last):
     """Loaded batches of steps first..last - 1, of single frames or of clips. Two processes draw what one draws in twice
     as many batches."""
     args, preset, cell = run.args, run.model.preset, run.vaes["rgb"].cell
-    clips = data.Clips(run.data, "train", (preset.height, preset.width), args.views, single=single, seed=args.seed)
+    clips = data.Clips(run.data, "train", (preset.height, preset.width), args.views, single=single, late=args.late,
+                       seed=args.seed)
     V, S = args.views, 2 - args.rgb_only
     C_h_w = preset.unet["in_channels"] // 2, preset.height // cell, preset.width // cell
     size, on_gpu = args.single_batch if single else args.batch, run.device.type == "cuda"
@@ -607,7 +611,7 @@ def resolve(given):
             *((not getattr(args, name) >= value, f"--{name} must be at least {value}, not {getattr(args, name)}")
               for name, value in least.items()),
             *((not 0 <= getattr(args, name) <= 1, f"--{name} is a share, 0 to 1, not {getattr(args, name)}")
-              for name in ("single", "dropout", "ema")),
+              for name in ("single", "late", "dropout", "ema")),
             (args.seed > 10**9 or args.minutes > 10**6, "--seed is at most 10^9 and --minutes 10^6"),
             (not (0 < args.lr < 1 and 0 <= args.muon_lr < 1), f"--lr {args.lr:g} must be "
              f"above 0, --muon_lr {args.muon_lr:g} at least 0, and both below 1"),

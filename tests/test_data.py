@@ -1,6 +1,7 @@
 """data.py's geometry, files, clips and packed episodes. tests/data/recorded holds one recorded episode of task 1 in the
 public layout: two cameras, 11 frames at 2 Hz, 128 x 160 pixels, MuJoCo physics."""
 import os
+import re
 import resource
 import shutil
 import sys
@@ -338,11 +339,25 @@ def test_clips_depend_on_seed_and_number_alone(packed):
     assert len(set(seen)) > 5 and np.mean(seen) < 3.6          # the nearer of two: 2.85, not 4.5
 
 
+def test_single_frames_can_start_where_no_clip_fits(packed):
+    """Of 11 frames at 2 Hz a whole clip fits at the first alone, and a frame follows on ten."""
+    single, seen = data.Clips(packed, "train", SIZE, single=True, late=0.5), []
+    for i in range(80):
+        item, name = single[i], single.clip(i)["name"]
+        start, *cameras = map(int, re.search(r" t(\d+) cameras (\d+)-(\d+)", name).groups())
+        seen.append((start, t := int(item["frame_index"][0])))
+        clip = data.read_clip(single.cuts[0][0], start, np.array(cameras) - 1, [t], SIZE)
+        assert torch.equal(item["points"], data.to_tensors(clip)["points"])
+    start, t = np.array(seen).T
+    assert max(start + t) == 9 and max(start) == 9 and max(t[start == 0]) > 5
+    assert 0.4 < (start == 0).mean() < 0.7                      # 0.55: a half, and a tenth of the other
+
+
 def test_splits_depend_on_names_alone_and_need_few_open_files(packed, tmp_path):
     for k in range(30):
         shutil.copytree(packed / NAME, tmp_path / f"synthetic_{k:05d}", copy_function=os.link)
     train, test = (data.Clips(tmp_path, split, SIZE) for split in ("train", "test"))
-    names = [{episode.folder.name for episode, _, _ in clips.cuts} for clips in (train, test)]
+    names = [{cut[0].folder.name for cut in clips.cuts} for clips in (train, test)]
     assert train.held_out and not names[0] & names[1] and len(names[0] | names[1]) == 30
     assert names[1] == {name for name in os.listdir(tmp_path) if data.split_of(name) == "test"} and len(names[1]) == 9
     assert not data.Clips(packed, "test", SIZE).held_out

@@ -292,6 +292,13 @@ def test_minutes_become_steps_and_stay(run, monkeypatch):
     assert same(state, run(out="steps"))                              # timing left nothing behind
 
 
+def test_late_starts_reach_the_loader(run, monkeypatch):
+    clips, late = data.Clips, []
+    monkeypatch.setattr(data, "Clips", lambda *args, **given: late.append(given.get("late")) or clips(*args, **given))
+    run("--late", "0.5", "--steps", "2", "--eval_every", "100")
+    assert 0.5 in late and train.resolve(dict(preset="small", out="nowhere"))[0].late == 0.7
+
+
 def test_without_an_average_the_weights_are_written_once(run, tmp_path):
     flags = ["--ema", "0", "--save_every", "2", "--eval_every", "100", "--steps", "4"]
     before = run(*flags, "--single", "0")
@@ -381,6 +388,7 @@ def test_steps_that_go_wrong_stop_before_the_weights_are_touched(run, monkeypatc
 @pytest.mark.parametrize("flags, says", [
     (["--preset", "svd", "--huber", "0.01"], "--huber 0.01 is for linear codes"),
     (["--steps", "0"], "--steps must be at least 1"), (["--single", "2"], "--single is a share"),
+    (["--late", "-1"], "--late is a share"),
     (["--weight_cap", "-1"], "--weight_cap"), (["--dropout", "1.5"], "--dropout"), (["--seed", "9" * 14], "--seed is"),
     (["--init", "DIR"], "DIR is no run folder"), (["--minutes", "3"], "one of them"), (["--views", "1"], "at least 2"),
     (["--mv_attention", "rgb"], "rgb_only"), (["--low_memory", "--ema", "0.9"], "--ema 0")])
