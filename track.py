@@ -33,7 +33,7 @@ WIDTHS = np.linspace(0, STROKE, 33)    # m, the openings that are tried
 HALF_TURN = np.diag([-1.0, -1, 1, 1])  # about the approach axis: the hand onto itself, fingers swapped
 
 # Tuned on recorded episodes; WELL and MIN_FIT also on synthetic ones at 64 x 80 and on the soft hands of a tiny model,
-# NOISY, CHANGE and BLUR also on the sharper ones of a small model
+# NOISY, BARED, CHANGE and BLUR also on the sharper ones of a small model
 AGREE = 0.012                          # m along the ray: model and measurement are one surface; a finger's, half
 NOISY = 1e-5                           # m: depth that fluctuates more is a generator's, and is mended
 SIGMAS, STILL = 3, 0.0009              # of that fluctuation, and m: what changed by less is scenery
@@ -212,9 +212,9 @@ def change_of(depth, observed):
 def read_frame(points, valid, observed, here):
     """The scene of one predicted frame: points (V,H,W,3) in ref, valid (V,H,W); `here` (V,H,W), where hands were.
 
-    Scenery is what has not changed, and what comes to light and goes on from that. It does not move: where a generator
-    drew the depth, the rigid motion that takes it back to the observed points is the view's drift. A pixel's point lies
-    on its ray: what is beside it is noise, as is what differs from the median of 3 x 3.
+    Scenery is what has not changed, and what comes to light and goes on from that, which a generator can but guess. It
+    does not move: where a generator drew the depth, the rigid motion that takes it back to the observed points is the
+    view's drift. A pixel's point lies on its ray: what is beside it is noise, as is what differs from the 3 x 3 median.
     """
     depth, noise, still = np.zeros(valid.shape, np.float32), np.zeros(len(valid)), np.zeros(valid.shape, bool)
     for v, ref_in_view in enumerate(observed.ref_in_view):

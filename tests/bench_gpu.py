@@ -217,7 +217,7 @@ def recipe(args):
         evaluate=["evaluate.py", "--task", args.task, "--run", folder, "--data", source, "--clips", 2 if few else 24,
                   "--out", args.out / "evaluation"],
         rollout=["evaluate.py", "--task", args.task, "--run", folder, "--rollout", 1 if few else 20,
-                 "--execute", 2, "--out", args.out / "rollouts"])
+                 "--execute", 5, "--out", args.out / "rollouts"])
     out = {}
     for name, command in commands.items():
         began = time.time()
