@@ -58,11 +58,11 @@ except ImportError:  # Windows: nothing keeps a second process out of a run fold
 
 # A flag's default, [tiny, small, svd] where it depends on the preset, or (choices), the first of them; and its help.
 # --single: geometry is learned from many view pairs, and one frame shows a pair as ten do, at a tenth of the price.
-# --late: starts all over an episode are harder to learn than its first ones, by which clips are scored; `tiny`, too
-# small for both, leaves them out.
+# --late: starts all over an episode are more to learn than its first ones, by which clips are scored; the 800 steps of
+# `tiny` score better without.
 # --P_mean: at low noise the target itself gives the other camera away, and cross-view attention has nothing to learn.
 # --mask_weight: a hand is few pixels; weighed like what is around it, it fades. Weighed so, it is drawn wherever it is
-# likelier than one in this weight: too fat, thanks to which tiny's blur is found; small's is sharper.
+# likelier than one in this weight: too fat, thanks to which tiny's blur is found; small is too fat in depth still.
 FLAGS = {
     "steps": ([800, 4000, 30000], "optimiser steps"),
     "single": ([0.95, 0.97, 0.0], "share of them, the first, on single frames"),
