@@ -1016,7 +1016,7 @@ HZ = 10                     # frames a second of a synthetic recording
 TCP = 0.1                   # metres along z from the hand's origin to the point between the finger pads
 OPEN, SHUT = 0.08, 0.0      # metres between the fingers; SHUT closes on whatever there is
 PADS = np.array([(x, z) for x in (-0.008, 0, 0.008) for z in (0.089, 0.094, 0.1, 0.105)])  # (x, z) on a pad, hand frame
-UPPER_ARM, FOREARM = 0.36, 0.42
+UPPER_ARM, FOREARM, WRIST = 0.36, 0.42, 0.15  # metres; the wrist's is from the hand back to where the arm bends
 AHEAD, LEFT, UP = np.eye(3)
 
 
@@ -1055,7 +1055,7 @@ def stretch(start, end, side):
 def arm_links(arm, color, base, gripper_in_world, opening):
     """[(Body, body_in_world)] of one arm: a shoulder, an elbow that points up, and a wrist behind the hand."""
     shoulder = base + 0.333 * UP
-    wrist = gripper_in_world[:3, 3] - 0.15 * gripper_in_world[:3, 2]
+    wrist = gripper_in_world[:3, 3] - WRIST * gripper_in_world[:3, 2]
     reach = np.linalg.norm(wrist - shoulder)
     straight = (wrist - shoulder) / reach
     side = unit(np.cross(UP, straight))

@@ -504,7 +504,8 @@ def execute(world, path, first, t):
 
 def rollout(task, seed, size, imagine, generated, views=2, acted=10):
     """One try: observe, imagine, track, act on the first `acted` frames and, as a robot that stays sees the same again,
-    on those after them until it has done something, and so on. 'success', or what failed first:
+    on those after them until it has done something, and so on; it knows its arm's last link. 'success', or what failed
+    first:
 
     tracking    the track left the script's path by more than 5 cm while lost, or in a true video;
     generation  it did so in a generated video, and was not lost while it was astray;
@@ -514,9 +515,9 @@ def rollout(task, seed, size, imagine, generated, views=2, acted=10):
     world.reset(seed)
     script = world.demonstration[0]
     cameras = place_cameras(world, np.random.default_rng([task, seed, 2]), size, views)
-    frame = 0
+    hand, frame = track.hand_model(link=data.WRIST), 0
     while frame < LIMIT:
-        path = track.track(imagine(world, frame * STRIDE, cameras, size))
+        path = track.track(imagine(world, frame * STRIDE, cameras, size), model=hand)
         first, opening = world.gripper_in_world, np.array(world.opening)
         for count in range(1, 1 + min(len(path["lost"]) - 1, LIMIT - frame)):
             execute(world, path, first, count)

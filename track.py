@@ -38,7 +38,7 @@ AGREE = 0.012                          # m along the ray: model and measurement 
 NOISY = 1e-5                           # m: depth that fluctuates more is a generator's, and is mended
 SIGMAS, STILL = 3, 0.0009              # of that fluctuation, and m: what changed by less is scenery
 DRIFT, BARED = 0.05, 0.03              # m that a generated view may be off as a whole, and what comes to light in it
-FLANGE = 0.09                          # m around the flange, behind the hand: what is there turns with it
+FLANGE = 0.09                          # m around the flange, behind the hand: what is there turns with it, a Franka's
 SAMPLE = 4000                          # scene points, at most, that a fit uses
 VOXEL, SEARCHED = 0.03, 60             # m and model points, of the search: as fine as ICP needs it
 REACH, TURN = 0.3, 45                  # m and degrees a hand goes in half a second; twice as many seldom
@@ -55,6 +55,7 @@ MIN_FIT = 0.33                         # its score a point in view times how nea
 WELL = 0.8, 0.3                        # score a point in view, share in view: needs no search
 CHANGE = 3, 10                         # points that moving fingers cost while the hand rests, and while it moves
 BLUR = 0.03                            # m in a frame: fingers of a generated hand that moves faster are not listened to
+HELD = 6, 2, 0.1                       # points that what was held counts for, there and gone; share in sight between
 EVENT = 0.007                          # m, the fingers' way beyond which they have closed or opened
 
 
@@ -71,31 +72,33 @@ def sample_surface(vertices, faces, count):
     return points, normals[face] / area[face, None]
 
 
-def make_model(bodies, counts):
+def make_model(bodies, counts, link=FLANGE):
     """Surface points of bodies (vertices, faces, slide) that slide along y as the hand opens.
 
     slide = dy / d(opening): 0 for the hand, +1/2 and -1/2 for the fingers. Returns a namespace: points, normals (N,3)
-    at opening 0, slide (N,), mount (N,) bool: see add_mount; vertices, faces, vertex_slide of all as one mesh; reach,
-    m, of the farthest point; spacing, m, between points.
+    at opening 0, slide (N,), mount (N,) bool: see add_mount; link: see hand_model; vertices, faces, vertex_slide of all
+    as one mesh; reach, m, of the farthest point; spacing, m, between points.
     """
     points, normals = map(np.concatenate, zip(*(sample_surface(v, f, n) for (v, f, _), n in zip(bodies, counts))))
     vertices, faces = data.merge(*((v, f) for v, f, _ in bodies))
     slides = [slide for _, _, slide in bodies]
     return SimpleNamespace(points=points, normals=normals, slide=np.repeat(slides, counts),
-                           mount=np.zeros(len(points), bool), vertices=vertices, faces=faces,
+                           mount=np.zeros(len(points), bool), link=link, vertices=vertices, faces=faces,
                            vertex_slide=np.repeat(slides, [len(v) for v, _, _ in bodies]),
                            reach=np.linalg.norm(points, axis=1).max() + max(slides) * STROKE,
                            spacing=2 * cKDTree(points).query(points, 2)[0][:, 1].mean())
 
 
-def hand_model(hand=None, finger=None):
-    """The gripper; from two mesh files (metres, hand frame; the left finger at opening 0), or the built-in one."""
+def hand_model(hand=None, finger=None, link=FLANGE):
+    """The gripper; from two mesh files (metres, hand frame; the left finger at opening 0), or the built-in one. link:
+    so much of the arm behind its flange turns with it, m."""
     if (hand is None) != (finger is None):
         raise ValueError("--hand and --finger: give both mesh files, or neither")
     parts = {"hand": load_mesh(hand), "finger": load_mesh(finger)} if hand else gripper_mesh()
     (palm, palm_faces), (left, left_faces) = parts["hand"], parts["finger"]
     right = left @ HALF_TURN[:3, :3]
-    return make_model([(palm, palm_faces, 0.0), (left, left_faces, 0.5), (right, left_faces, -0.5)], [500, 150, 150])
+    bodies = (palm, palm_faces, 0.0), (left, left_faces, 0.5), (right, left_faces, -0.5)
+    return make_model(bodies, [500, 150, 150], link)
 
 
 def part(model, keep=slice(None), step=1):
@@ -114,20 +117,36 @@ def at_opening(model, opening):
 def add_mount(model, scene, pose, opening):
     """The model with what is fixed to its flange, as the observed scene shows it: the arm's last link turns with the
     hand. Without it the arm's points, which no mesh explains, pull the hand's edge towards them."""
-    cloud = nearby(scene, pose[:3, 3], FLANGE)
-    if cloud is None or not model.slide.any():
+    if not model.slide.any() or (cloud := nearby(scene, pose[:3, 3], model.link)) is None:
         return model
     points = transform(cloud.data, invert(pose))  # in gripper
     away = cKDTree(at_opening(model, [opening])[0]).query(points)[0]
-    close = np.flatnonzero((np.linalg.norm(points, axis=1) < FLANGE) & (points[:, 2] < 0) & (away > AGREE))
+    close = np.flatnonzero((np.linalg.norm(points, axis=1) < model.link) & (points[:, 2] < 0) & (away > AGREE))
     cells = np.floor(points[close] / model.spacing).astype(int)
     one = close[np.unique(cells, axis=0, return_index=True)[1]]   # of each cell, as even as the mesh's
     around, points = points[cloud.query(cloud.data[one], 9)[1]], points[one]
     normals = np.linalg.svd(around - around.mean(1, keepdims=True))[2][:, 2]             # where they vary least
-    normals *= np.sign((normals * (points + (0, 0, FLANGE / 2))).sum(1, keepdims=True))  # outwards
+    normals *= np.sign((normals * (points + (0, 0, model.link / 2))).sum(1, keepdims=True))  # outwards
     return SimpleNamespace(**vars(model) | dict(
         points=np.concatenate([model.points, points]), normals=np.concatenate([model.normals, normals]),
         slide=np.append(model.slide, np.zeros(len(one))), mount=np.append(model.mount, np.ones(len(one), bool))))
+
+
+def held_by(model, scene, mask, pose, opening):
+    """What a hand holds in the observed scene, as a model of its own: the measured points under `mask` (V,H,W), in the
+    gripper's frame. None where the fingers are wide open, or it is not at their tips."""
+    view, row, column = np.nonzero(mask & (scene.depth > 0))
+    points = scene.points[view, row, column].astype(float)
+    in_gripper, tips = transform(points, invert(pose)), (0, 0, model.points[:, 2].max())
+    if opening > STROKE - EVENT or not (np.linalg.norm(in_gripper - tips, axis=1) < FLANGE / 2).any():
+        return None
+    one = np.unique(np.floor(in_gripper / model.spacing).astype(int), axis=0, return_index=True)[1]
+    around = points[cKDTree(points).query(points[one], min(9, len(points)))[1]].reshape(len(one), -1, 3)
+    normals = np.linalg.svd(around - around.mean(1, keepdims=True))[2][:, 2]
+    towards = scene.view_in_ref[view[one], :3, 3] - points[one]  # the camera that saw it
+    normals *= np.sign((normals * towards).sum(1, keepdims=True))
+    return SimpleNamespace(points=in_gripper[one], normals=normals @ pose[:3, :3], slide=np.zeros(len(one)),
+                           mount=np.zeros(len(one), bool), spacing=model.spacing)
 
 
 # ------------------------------------------------------------------------------------------------------------- ICP
@@ -159,7 +178,7 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
     source = np.broadcast_to(source, (len(T), *source.shape[-2:]))
     weight = np.broadcast_to(1.0 if weight is None else weight, source.shape[:2])
     used, tree = weight > 0, tree or cKDTree(target, balanced_tree=False)
-    distance, index = np.full(weight.shape, np.inf), np.zeros(weight.shape, int)
+    distance, index, passed = np.full(weight.shape, np.inf), np.zeros(weight.shape, int), []
     for _ in range(max_iteration):
         moved = source @ T[:, :3, :3].mT + T[:, None, :3, 3]  # (K,N,3)
         distance[used], index[used] = tree.query(moved[used], distance_upper_bound=max_correspondence_distance)
@@ -172,8 +191,9 @@ def icp(source, target, target_normals=None, init=None, max_correspondence_dista
             normal = target_normals[partner] if source_normals is None else source_normals @ T[:, :3, :3].mT
             step = gauss_newton(*pair, normal, w, T[:, :3, 3], slip)
         step[w.sum(1) <= 0] = np.eye(4)
+        passed.append(T)
         T = step @ T  # R' = dR R; the origin moves by dt
-        if np.abs(step - np.eye(4)).max() < 1e-6:  # a micron
+        if any(np.abs(T - old).max() < 1e-6 for old in passed[::-1]):  # a micron: it stays, or goes round in a circle
             break
     fitness = inlier.sum(1) / used.sum(1).clip(1)
     inlier_rmse = np.sqrt((np.where(inlier, distance, 0)**2).sum(1) / inlier.sum(1).clip(1))
@@ -415,9 +435,30 @@ def finger_profile(model, scene, pose):
     return seen.agree - seen.through
 
 
+def held_profile(held, scene, pose, first):
+    """What (O,) the sight of what was held at the width `first` says for each of WIDTHS: while it is in the hand the
+    fingers have not opened, and when one looks through where it would be, they have, wide."""
+    seen = compare(held, scene, pose[None], [first])
+    told = seen.agree[0] + seen.through[0]
+    gone = np.clip(HELD[1] * (1 - seen.agree[0] / told / HELD[2]), -HELD[0], HELD[1]) if told > MIN_AGREE else 0
+    return gone * (WIDTHS > ((first + STROKE) / 2 if gone > 0 else first + EVENT))
+
+
 def likeliest(profile, before):
     """The width, m, at the profile's peak; `before` where nothing speaks clearly for another."""
     return WIDTHS[np.argmax(profile - CHANGE[0] * np.minimum(np.abs(WIDTHS - before) / EVENT, 1))]
+
+
+def way_of(position, lost):
+    """How far (T,) m a hand goes between two frames, from its position (F,3) where it is not lost (F,) bool: there it
+    keeps its pace, and where it is not found again it may have gone anywhere."""
+    seen = np.flatnonzero(~lost)
+    if not len(seen):
+        return np.full(len(lost) - 1, TRAVEL[0])
+    between = np.stack([np.interp(np.arange(len(lost)), seen, axis) for axis in position[seen].T], 1)
+    way = np.linalg.norm(np.diff(between, axis=0), axis=1)
+    way[seen[-1]:] = TRAVEL[0]
+    return way
 
 
 def opening_path(profiles, way, first):
@@ -531,9 +572,13 @@ def track_one(model, scene, state, dt):
         return lost(f"a blur: {100 * fitness:.0f} % of the points in view are near measured ones, "
                     f"{1000 * inlier_rmse:.1f} mm away")
     motion, moved = invert(state.pose) @ pose[0], pose_errors(pose[0], state.pose)[0]
-    heard = np.exp(-(moved / BLUR)**2) if noise > NOISY else 1
+    profile = seen.profile[0]
+    if noise > NOISY:  # a generated hand's fingers are faint, what they hold is larger
+        profile = np.exp(-(moved / BLUR)**2) * profile
+        if model.held:
+            profile += held_profile(model.held, scene, pose[0], model.first)
     return SimpleNamespace(pose=pose[0], motion=np.eye(4) if state.missed else motion, opening=seen.opening[0],
-                           missed=0, why="", fitness=fitness, inlier_rmse=inlier_rmse, profile=heard * seen.profile[0])
+                           missed=0, why="", fitness=fitness, inlier_rmse=inlier_rmse, profile=profile)
 
 
 def step(models, scene, states, dt):
@@ -587,11 +632,13 @@ def register(model, scene, mask):
     return refine(model, scene, cloud, pose, opening, FINE, slip=SLIP / 3)[0][0], opening[0]
 
 
-def first_state(model, scene, pose, opening):
-    """The model with its mount, and the state at frame 0. A given pose that no view shows is believed, one that the
-    views look through is not."""
+def first_state(model, scene, pose, opening, mask):
+    """The model with its mount, what it holds of the object under `mask` (V,H,W), and that opening, first; and the
+    state at frame 0. A given pose that no view shows is believed, one that the views look through is not."""
     why = "no mask shows enough of it" if np.isnan(pose).any() else ""
+    model = SimpleNamespace(**vars(model) | dict(held=None, first=opening))
     if not why:
+        model.held = held_by(model, scene, mask, pose, opening) if model.slide.any() else None
         model = add_mount(model, scene, pose, opening)
         seen = compare(model, scene, pose[None], [opening])
         why = "the views look through where it should be" if seen.through[0] > seen.agree[0] else ""
@@ -603,10 +650,11 @@ def track(clip, init="auto", model=None):
     """Track every gripper of a clip (data.CLIP) through the video that was predicted for it.
 
     init: "pose" (observed_gripper_in_ref, and observed_opening where known), "mask" (observed_gripper), or "auto", the
-    pose if the clip has it; model: of hand_model or make_model. Returns the arrays of trajectory.npz: gripper_in_ref
-    (F,A,4,4); gripper_motion (T,A,4,4), from the first frame, in the gripper's own frame; opening (F,A) m; closed, lost
-    (F,A) bool; why (F,A), the reason of a loss; fitness (F,A); inlier_rmse (F,A) m. A frame that is lost holds the last
-    pose.
+    pose if the clip has it; model: of hand_model or make_model. In generated videos a held observed_object, where the
+    clip has one, tells by staying in the hand or not when it is let go. Returns the arrays of trajectory.npz:
+    gripper_in_ref (F,A,4,4); gripper_motion (T,A,4,4), from the first frame, in the gripper's own frame; opening (F,A)
+    m; closed, lost (F,A) bool; why (F,A), the reason of a loss; fitness (F,A); inlier_rmse (F,A) m. A frame that is
+    lost holds the last pose.
     """
     if init == "auto":
         init = "pose" if "observed_gripper_in_ref" in clip else "mask"
@@ -622,11 +670,12 @@ def track(clip, init="auto", model=None):
     else:
         poses, openings = map(np.stack, zip(*(register(model, observed, mask)
                                               for mask in clip["observed_gripper"].swapaxes(0, 1))))
-    models, states = zip(*(first_state(model, observed, pose, opening) for pose, opening in zip(poses, openings)))
-    here = np.zeros(depth.shape, bool)
-    for pose, opening in zip(poses, openings):
+    here, thing = np.zeros(depth.shape, bool), clip.get("observed_object", np.zeros(depth.shape, bool))
+    models, states = zip(*(first_state(model, observed, *state, thing) for state in zip(poses, openings)))
+    for pose, opening, own in zip(poses, openings, models):
         if np.isfinite(pose).all():
             here |= silhouette(model, clip["intrinsics"], observed.ref_in_view, depth.shape[1:], pose, opening)
+            here |= thing & (own.held is not None)
     here = binary_dilation(here, np.ones((1, 3, 3), bool))
 
     frames = [states]
@@ -635,10 +684,11 @@ def track(clip, init="auto", model=None):
         frames.append(step(models, scene, frames[-1], 1 / clip["fps"]))
     collect = lambda name: np.array([[getattr(state, name) for state in states] for states in frames])
     gripper_in_ref, profiles = collect("pose"), collect("profile")
-    way = np.nan_to_num(np.linalg.norm(np.diff(gripper_in_ref[..., :3, 3], axis=0), axis=-1))  # (T,A)
-    opening = np.stack([opening_path(profiles[:, a], way[:, a], openings[a]) for a in range(len(poses))], 1)
+    lost = collect("missed") > 0
+    opening = np.stack([opening_path(profiles[:, a], way_of(gripper_in_ref[:, a, :3, 3], lost[:, a]), openings[a])
+                        for a in range(len(poses))], 1)
     return dict(gripper_in_ref=gripper_in_ref, gripper_motion=invert(gripper_in_ref[:1]) @ gripper_in_ref[1:],
-                opening=opening, closed=closed_flags(opening), lost=collect("missed") > 0, why=collect("why"),
+                opening=opening, closed=closed_flags(opening), lost=lost, why=collect("why"),
                 fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"))
 
 

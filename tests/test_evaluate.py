@@ -137,7 +137,8 @@ def moving_clip(frames=3, step=0.04):
         true_opening=opening)) | {"gripper": face[:, 1:]}
 
 
-def true_track(clip, **_):
+def true_track(clip, model=None):
+    assert model is None or model.link == data.WRIST  # a robot knows its arm
     in_ref, opening = clip["true_gripper_in_ref"], clip["true_opening"]
     return dict(gripper_in_ref=in_ref, opening=opening, closed=ev.track.closed_flags(opening),
                 lost=np.zeros(in_ref.shape[:2], bool))
@@ -392,13 +393,13 @@ def test_a_lost_hand_heads_for_where_it_is_found_next(perfect_tracker, monkeypat
         assert world.gripper_in_world[0] == pytest.approx(first[0] @ pose((0, 0, along), (0, 0, 10 * along)), abs=1e-9)
         assert world.opening[0] == pytest.approx(width)                 # fingers wait until they are seen
     looks, look = [], lambda *now: looks.append(now[1]) or oracle(*now)
-    monkeypatch.setattr(ev.track, "track", lambda clip: true_track(clip) | {"lost": np.ones((11, 1), bool)})
+    monkeypatch.setattr(ev.track, "track", lambda clip, model: true_track(clip) | {"lost": np.ones((11, 1), bool)})
     ev.rollout(1, ev.ROLLOUT_SEED, (16, 20), look, True, acted=4)
     assert len(looks) > 3 and set(np.diff(looks)) == {4 * ev.STRIDE}    # never found: another look
 
 
 def test_a_hand_that_rests_acts_on_until_it_has_done_something(perfect_tracker, monkeypatch):
-    def rests(clip):
+    def rests(clip, model):
         path, moves = true_track(clip), np.stack([pose((0, 0, 0.02 * max(t - 2, 0))) for t in range(11)])
         return path | {"gripper_in_ref": path["gripper_in_ref"][:1] @ moves[:, None],
                        "opening": path["opening"][:1].repeat(11, 0), "closed": np.zeros((11, 1), bool)}
@@ -407,7 +408,8 @@ def test_a_hand_that_rests_acts_on_until_it_has_done_something(perfect_tracker, 
     monkeypatch.setattr(ev.track, "track", rests)
     ev.rollout(1, ev.ROLLOUT_SEED, (16, 20), look, True, acted=1)
     assert len(looks) > 3 and set(np.diff(looks)) == {3 * ev.STRIDE}
-    closes = lambda clip: rests(clip) | {"opening": clip["true_opening"][0] - 0.01 * np.arange(11)[:, None]}
+    closes = lambda clip, model: rests(clip, model) | {
+        "opening": clip["true_opening"][0] - 0.01 * np.arange(11)[:, None]}
     monkeypatch.setattr(ev.track, "track", closes)                      # fingers that move are an act too
     looks.clear()
     ev.rollout(1, ev.ROLLOUT_SEED, (16, 20), look, True, acted=1)
@@ -415,14 +417,15 @@ def test_a_hand_that_rests_acts_on_until_it_has_done_something(perfect_tracker, 
 
 
 def test_failures_are_sorted(perfect_tracker, monkeypatch):
-    moved = lambda clip: true_track(clip) | {"gripper_in_ref": np.concatenate(
+    moved = lambda clip, model: true_track(clip) | {"gripper_in_ref": np.concatenate(
         [clip["true_gripper_in_ref"][:1], clip["true_gripper_in_ref"][1:] @ pose((0.1, 0.1, 0.1))])}
     attempt = lambda generated: ev.rollout(1, ev.ROLLOUT_SEED, (16, 20), oracle, generated)
     monkeypatch.setattr(ev.track, "track", moved)
     assert attempt(generated=True) == "generation" and attempt(generated=False) == "tracking"
-    monkeypatch.setattr(ev.track, "track", lambda clip: moved(clip) | {"lost": (np.arange(11) == 5)[:, None]})
+    monkeypatch.setattr(ev.track, "track", lambda clip, model: moved(clip, model) | {
+        "lost": (np.arange(11) == 5)[:, None]})
     assert attempt(generated=True) == "tracking"
-    monkeypatch.setattr(ev.track, "track", lambda clip: true_track(clip) | {
+    monkeypatch.setattr(ev.track, "track", lambda clip, model: true_track(clip) | {
         "opening": np.full((11, 1), 0.08), "closed": np.zeros((11, 1), bool)})
     assert attempt(generated=True) == "execution"                       # it never grasps
 

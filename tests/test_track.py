@@ -2,11 +2,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 import data
@@ -53,6 +55,17 @@ def test_icp_resampled_with_outliers_and_many_starts():
     assert got.shape == (4, 4, 4) and off.max() < 1e-3 and turn.max() < 1
     assert 0.75 < fitness.min() and fitness.max() < 0.95          # 800 of 1000 lie on the target, and a few by chance
     assert np.abs(call(starts[0])[0] - got[0]).max() < 1e-4       # a batch is its members
+
+
+def test_icp_that_goes_round_in_a_circle_ends():
+    target, normals = bumpy(1500, 0)
+    source, draw = bumpy(1500, 11)[0], np.random.default_rng(10)
+    target, source = (p + 0.0005 * draw.standard_normal(p.shape) for p in (target, source))
+    left, right = target[:, 0] > -0.03, source[:, 0] < 0.03        # they have a part in common
+    truth, tree, asked = motion(3, (0.003, 0.002, -0.003)), cKDTree(target[left]), []
+    counting = SimpleNamespace(query=lambda *a, **b: asked.append(1) or tree.query(*a, **b))
+    got = track.icp(transform(source[right], invert(truth)), target[left], normals[left], None, 0.02, 50, tree=counting)
+    assert pose_errors(got[0], truth)[0] < 1e-3 and len(asked) < 20  # some neighbours change for ever
 
 
 def test_icp_leaves_out_points_of_weight_zero():
@@ -370,6 +383,60 @@ def test_an_unseen_closing_is_put_where_the_hand_rests():
     path = track.opening_path(profiles, way, 0.07)
     assert np.abs(path - np.r_[np.full(4, 0.07), np.full(4, 0.02)]).max() < 0.003
 
+
+def test_a_lost_hand_is_no_hand_at_rest():
+    position, lost = np.zeros((7, 3)), np.array([0, 0, 0, 1, 1, 0, 1], bool)
+    position[:, 0] = 0, 0, 0.1, 0.1, 0.1, 0.4, 0.4        # held where it is lost
+    assert track.way_of(position, lost) == pytest.approx([0, 0.1, 0.1, 0.1, 0.1, track.TRAVEL[0]])
+    assert track.way_of(position * np.nan, lost | True) == pytest.approx(np.full(6, track.TRAVEL[0]))
+
+
+@pytest.fixture
+def world():
+    """A synthetic scene, two cameras of it, and what they see as track.make_scene has it."""
+    world = data.World(1)
+    world.reset(0)
+    tips = world.demonstration[0][..., :3, 3]
+    cameras = data.sample_cameras(np.random.default_rng(0), tips, (64, 80), 2)
+
+    def look():
+        seen = world.observe(*cameras, (64, 80))
+        return seen, track.make_scene(seen["observed_depth"], cameras[0], invert(cameras[1][0]) @ cameras[1])
+    return world, cameras, look
+
+
+def test_the_mount_is_as_long_as_the_arms_last_link(world):
+    seen, scene = world[2]()
+    models = [track.add_mount(track.hand_model(link=link), scene, seen["observed_gripper_in_ref"][0], 0.08)
+              for link in (track.FLANGE, data.WRIST)]
+    short, long = (np.linalg.norm(model.points[model.mount], axis=1) for model in models)
+    assert 10 < len(short) < len(long) and short.max() < track.FLANGE < long.max() < data.WRIST
+
+
+def test_what_is_held_says_whether_fingers_have_opened(world, monkeypatch):
+    world, cameras, look = world
+    held_by = lambda seen, scene: track.held_by(track.hand_model(), scene, seen["observed_object"],
+                                                seen["observed_gripper_in_ref"][0], seen["observed_opening"][0])
+    assert held_by(*look()) is None                       # open, and far from it
+    script = list(zip(*world.demonstration))
+    for now in script[:30]:
+        world.step(*now)
+    assert world.holders
+    seen, scene = look()
+    held, wide = held_by(seen, scene), track.WIDTHS > 0.07
+    says = lambda scene: track.held_profile(held, scene, seen["observed_gripper_in_ref"][0], seen["observed_opening"][0])
+    assert says(scene)[0] == 0 and (says(scene)[wide] == -track.HELD[0]).all()
+    world.object_in_world = data.shift(world.object_in_world, (0, 0, -2))
+    assert says(look()[1])[0] == 0 and (says(look()[1])[wide] > 0).all()
+
+    for now in (world.reset(0), *script[:30])[1:]:
+        world.step(*now)
+    clip, asked, real = evaluate.scripted_future(world, 29, cameras, (64, 80), 3), [], track.held_profile
+    monkeypatch.setattr(track, "held_profile", lambda *a: asked.append(a) or real(*a))
+    track.track(clip)
+    assert not asked                                      # true fingers speak for themselves
+    track.track(generated(clip, 0.001))
+    assert asked
 
 # ----------------------------------------------------------------------------------------------- files and commands
 
