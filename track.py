@@ -33,7 +33,8 @@ WIDTHS = np.linspace(0, STROKE, 33)    # m, the openings that are tried
 HALF_TURN = np.diag([-1.0, -1, 1, 1])  # about the approach axis: the hand onto itself, fingers swapped
 
 # Tuned on recorded episodes; WELL and MIN_FIT also on synthetic ones at 64 x 80 and on the soft hands of a tiny model,
-# NOISY, BARED, CHANGE, BLUR, HELD also on what a small model makes of the test scenes, which README scores
+# NOISY, BARED, CHANGE and BLUR also on what a small model makes of the test scenes, which README scores, HELD on its
+# first 20 closed loops
 AGREE = 0.012                          # m along the ray: model and measurement are one surface; a finger's, half
 NOISY = 1e-5                           # m: depth that fluctuates more is a generator's, and is mended
 SIGMAS, STILL = 3, 0.0009              # of that fluctuation, and m: what changed by less is scenery
@@ -55,7 +56,7 @@ MIN_FIT = 0.33                         # its score a point in view times how nea
 WELL = 0.8, 0.3                        # score a point in view, share in view: needs no search
 CHANGE = 3, 10                         # points that moving fingers cost while the hand rests, and while it moves
 BLUR = 0.03                            # m in a frame: fingers of a generated hand that moves faster are not listened to
-HELD = 6, 2, 0.1                       # points that what was held counts for, there and gone; share in sight between
+HELD = 6, 2, 0.1                       # points for what was held, if still there, if gone; share seen that is neither
 EVENT = 0.007                          # m, the fingers' way beyond which they have closed or opened
 
 
@@ -230,7 +231,8 @@ def change_of(depth, observed):
 
 
 def read_frame(points, valid, observed, here):
-    """The scene of one predicted frame: points (V,H,W,3) in ref, valid (V,H,W); `here` (V,H,W), where hands were.
+    """The scene of one predicted frame: points (V,H,W,3) in ref, valid (V,H,W); `here` (V,H,W), where hands were, and
+    what they held.
 
     Scenery is what has not changed, and what comes to light and goes on from that, which a generator can but guess. It
     does not move: where a generator drew the depth, the rigid motion that takes it back to the observed points is the
