@@ -480,6 +480,12 @@ def scripted_future(world, step, cameras, size, frames=10):
                        true_gripper_in_ref=world_in_ref @ gripper_in_world, true_opening=opening)
 
 
+def predict_in_turn(run, world, step, cameras, size, frames=10, steps=None):
+    """One clip a camera, each of them the reference once: of the same future, and their errors differ."""
+    turns = [[np.roll(values, -v, axis=0) for values in cameras] for v in range(len(cameras[1]))]
+    return [sample.predict(run, world.observe(*views, size), frames=frames, steps=steps, seed=step) for views in turns]
+
+
 def execute(world, path, first, t):
     """Moves the hands from where they are to frame t of a tracked path that began when they were at `first`
     (A, 4, 4), in straight lines, at the world's rate. A hand that is lost there heads for where it is found next.
@@ -510,14 +516,15 @@ def rollout(task, seed, size, imagine, generated, views=2, acted=10):
     tracking    the track left the script's path by more than 5 cm while lost, or in a true video;
     generation  it did so in a generated video, and was not lost while it was astray;
     execution   the hand followed the script, and still the object is not where it belongs.
-    imagine(world, step, cameras, size) -> a clip with a prediction."""
+    imagine(world, step, cameras, size) -> clips with a prediction each, of one future."""
     world, failure = data.World(task), None
     world.reset(seed)
     script = world.demonstration[0]
     cameras = place_cameras(world, np.random.default_rng([task, seed, 2]), size, views)
     hand, frame = track.hand_model(link=data.WRIST), 0
     while frame < LIMIT:
-        path = track.track(imagine(world, frame * STRIDE, cameras, size), model=hand)
+        paths = [track.track(clip, model=hand) for clip in imagine(world, frame * STRIDE, cameras, size)]
+        path = track.joined(paths) if len(paths) > 1 else paths[0]
         first, opening = world.gripper_in_world, np.array(world.opening)
         for count in range(1, 1 + min(len(path["lost"]) - 1, LIMIT - frame)):
             execute(world, path, first, count)
@@ -529,8 +536,8 @@ def rollout(task, seed, size, imagine, generated, views=2, acted=10):
         if world.success():
             return "success"
         now = np.minimum(STRIDE * (frame + 1 + np.arange(count)), len(script) - 1)
-        in_ref, lost = path["gripper_in_ref"][1:count + 1], path["lost"][1:count + 1]
-        astray = pose_errors(cameras[1][0] @ in_ref, script[now])[0] > ASTRAY  # (count, A)
+        in_first, lost = invert(path["gripper_in_ref"][0]) @ path["gripper_in_ref"], path["lost"][1:count + 1]
+        astray = pose_errors(first @ in_first[1:count + 1], script[now])[0] > ASTRAY  # (count, A)
         if failure is None and astray.any():
             failure = "generation" if generated and not (astray & lost).any() else "tracking"
         frame += count
@@ -542,9 +549,8 @@ def rollouts(run, task, count, out, views, acted, frames, steps):
     from scipy.stats import binomtest
     if run.model.rgb_only:
         raise ValueError(f"{run.folder} generates RGB only: --rollout needs points to track")
-    ours = lambda world, step, cameras, size: sample.predict(
-        run, world.observe(*cameras, size), frames=frames, steps=steps, seed=step)
-    imagine = {"ours": ours, "oracle: the true future": lambda *now: scripted_future(*now, frames)}
+    ours = lambda *now: predict_in_turn(run, *now, frames, steps)
+    imagine = {"ours": ours, "oracle: the true future": lambda *now: [scripted_future(*now, frames)]}
     outcomes, size = {label: [] for label in imagine}, (run.model.preset.height, run.model.preset.width)
     for i in tqdm(range(count), desc="rollouts", unit="try"):
         for label, found in outcomes.items():

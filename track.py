@@ -497,6 +497,13 @@ def closed_flags(opening):
     return closed
 
 
+def read_fingers(gripper_in_ref, lost, profile, first):
+    """The opening (F,A) m, and closed (F,A), of hands by the profile (F,A,O) of their fingers, first (A,) m apart."""
+    opening = np.stack([opening_path(profile[:, a], way_of(gripper_in_ref[:, a, :3, 3], lost[:, a]), width)
+                        for a, width in enumerate(first)], 1)
+    return dict(opening=opening, closed=closed_flags(opening))
+
+
 # ------------------------------------------------------------------------------------------------------- the frames
 
 def travel(poses, guess, frames=1):
@@ -655,8 +662,8 @@ def track(clip, init="auto", model=None):
     pose if the clip has it; model: of hand_model or make_model. In generated videos a held observed_object, where the
     clip has one, tells by staying in the hand or not when it is let go. Returns the arrays of trajectory.npz:
     gripper_in_ref (F,A,4,4); gripper_motion (T,A,4,4), from the first frame, in the gripper's own frame; opening (F,A)
-    m; closed, lost (F,A) bool; why (F,A), the reason of a loss; fitness (F,A); inlier_rmse (F,A) m. A frame that is
-    lost holds the last pose.
+    m; closed, lost (F,A) bool; why (F,A), the reason of a loss; fitness (F,A); inlier_rmse (F,A) m; profile (F,A,O),
+    evidence for each of WIDTHS. A frame that is lost holds the last pose.
     """
     if init == "auto":
         init = "pose" if "observed_gripper_in_ref" in clip else "mask"
@@ -685,13 +692,25 @@ def track(clip, init="auto", model=None):
         scene = read_frame(clip["points"][:, t], clip["valid"][:, t], observed, here)
         frames.append(step(models, scene, frames[-1], 1 / clip["fps"]))
     collect = lambda name: np.array([[getattr(state, name) for state in states] for states in frames])
-    gripper_in_ref, profiles = collect("pose"), collect("profile")
-    lost = collect("missed") > 0
-    opening = np.stack([opening_path(profiles[:, a], way_of(gripper_in_ref[:, a, :3, 3], lost[:, a]), openings[a])
-                        for a in range(len(poses))], 1)
+    gripper_in_ref, profile, lost = collect("pose"), collect("profile"), collect("missed") > 0
     return dict(gripper_in_ref=gripper_in_ref, gripper_motion=invert(gripper_in_ref[:1]) @ gripper_in_ref[1:],
-                opening=opening, closed=closed_flags(opening), lost=lost, why=collect("why"),
-                fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"))
+                lost=lost, why=collect("why"), fitness=collect("fitness"), inlier_rmse=collect("inlier_rmse"),
+                profile=profile, **read_fingers(gripper_in_ref, lost, profile, openings))
+
+
+def joined(paths):
+    """One path out of those that were tracked through several predictions from the same observation: gripper_in_ref
+    (F,A,4,4), in each hand's own first frame, the mean of those that found it; lost (F,A) where none did, the last pose
+    is held; opening, closed (F,A). As witnesses of the fingers they often err alike: n of them count as sqrt(n)."""
+    motion = np.stack([invert(path["gripper_in_ref"][:1]) @ path["gripper_in_ref"] for path in paths])
+    found, mean = ~np.stack([path["lost"] for path in paths]), motion[0].copy()  # (paths,F,A), (F,A,4,4)
+    for t, a in np.ndindex(mean.shape[:2]):
+        if (seen := motion[found[:, t, a], t, a]).size:
+            mean[t, a] = data.pose(seen[:, :3, 3].mean(0), Rotation.from_matrix(seen[:, :3, :3]).mean().as_matrix())
+        elif t:
+            mean[t, a] = mean[t - 1, a]
+    lost, profile = ~found.any(0), sum(path["profile"] for path in paths) / np.sqrt(len(paths))
+    return dict(gripper_in_ref=mean, lost=lost, **read_fingers(mean, lost, profile, paths[0]["opening"][0]))
 
 
 # ----------------------------------------------------------------------------------------------- pictures and commands

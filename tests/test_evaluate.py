@@ -141,7 +141,7 @@ def true_track(clip, model=None):
     assert model is None or model.link == data.WRIST  # a robot knows its arm
     in_ref, opening = clip["true_gripper_in_ref"], clip["true_opening"]
     return dict(gripper_in_ref=in_ref, opening=opening, closed=ev.track.closed_flags(opening),
-                lost=np.zeros(in_ref.shape[:2], bool))
+                lost=np.zeros(in_ref.shape[:2], bool), profile=np.zeros((*opening.shape, len(ev.track.WIDTHS))))
 
 
 def means(clip, trajectory=None):
@@ -365,7 +365,7 @@ def test_ablation_trains_four_rows_alike(recorded, fake_run, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ closed loop
 
-oracle = lambda *now: ev.scripted_future(*now, 10)
+oracle = lambda *now: [ev.scripted_future(*now, 10)]
 
 
 @pytest.fixture
@@ -466,6 +466,19 @@ def test_cameras_are_placed_to_see_the_hand(monkeypatch):
     first, second, third = (next(i for i in range(6) if np.allclose(camera, drawn[1][i])) for camera in cameras[1])
     least, pairs = np.min(hand, 0), np.maximum(hand, np.array(hand)[:, [first]]).min(0)
     assert least[first] == least.max() > least.min() and pairs[second] == pairs.max() and third not in (first, second)
+
+
+def test_every_camera_is_the_reference_once(monkeypatch):
+    world, seen = data.World(1), []
+    world.reset(ev.ROLLOUT_SEED)
+    cameras = data.sample_cameras(RNG(0), world.demonstration[0][..., :3, 3], (16, 20), 3)
+    monkeypatch.setattr(ev.sample, "predict", lambda run, clip, frames, steps, seed: seen.append(seed) or clip)
+    clips = ev.predict_in_turn(None, world, 40, cameras, (16, 20))
+    assert seen == [40] * 3
+    for first, clip in enumerate(clips):
+        order = [first, (first + 1) % 3, (first + 2) % 3]
+        assert np.array_equal(clip["observed_rgb"], clips[0]["observed_rgb"][order])
+        assert np.array_equal(clip["ref_in_world"], cameras[1][first])
 
 
 def test_rollout_command(perfect_tracker, fake_run, monkeypatch, capsys):

@@ -78,6 +78,6 @@ def test_trained_weights_hold_their_figures(folder, most_off, least_near):
 def test_the_loop_closes():
     """Observe, imagine, track, act, and look again: of three worlds that were solved once, one at least."""
     run = sample.load_run(ROOT / "tests" / "data" / "trained_small")
-    imagine = lambda world, step, cameras, size: sample.predict(run, world.observe(*cameras, size), seed=step)
+    imagine = lambda *now: evaluate.predict_in_turn(run, *now)
     assert "success" in (evaluate.rollout(1, evaluate.ROLLOUT_SEED + i, (64, 80), imagine, True, acted=5)
                          for i in (148, 144, 147))

@@ -164,6 +164,7 @@ def test_path_opening_and_keys(video, tracked):
     assert tracked["closed"][:, 0].tolist() == [False, False, False, True, True, False, False]
     assert {key: value.shape for key, value in tracked.items()} == dict(
         gripper_in_ref=(7, 1, 4, 4), gripper_motion=(6, 1, 4, 4),
+        profile=(7, 1, len(track.WIDTHS)),
         **dict.fromkeys(("opening", "closed", "lost", "why", "fitness", "inlier_rmse"), (7, 1)))
     assert tracked["fitness"].min() > 0.5 and tracked["inlier_rmse"].max() < 0.6 * track.AGREE
 
@@ -389,6 +390,26 @@ def test_a_lost_hand_is_no_hand_at_rest():
     position[:, 0] = 0, 0, 0.1, 0.1, 0.1, 0.4, 0.4        # held where it is lost
     assert track.way_of(position, lost) == pytest.approx([0, 0.1, 0.1, 0.1, 0.1, track.TRAVEL[0]])
     assert track.way_of(position * np.nan, lost | True) == pytest.approx(np.full(6, track.TRAVEL[0]))
+
+
+def test_paths_of_one_future_are_joined():
+    far = motion(50, (3, 1, 2))                             # the other camera's frame
+    moves = [np.stack([motion(degrees * t, (x * t, 0, 0)) for t in range(5)])[:, None]
+             for degrees, x in ((4, 0.01), (8, 0.03))]
+    speaks = lambda points: np.stack([seen_at(0.07, points)] + [seen_at(0.07 - 0.05 * (t > 1), points)
+                                                                for t in range(1, 5)])[:, None]
+    path = lambda moved, lost, profile: dict(
+        gripper_in_ref=moved, lost=np.array(lost, bool)[:, None], profile=profile, opening=np.full((5, 1), 0.07))
+    one, two = path(moves[0], (0, 0, 0, 1, 1), speaks(20)), path(far @ moves[1], (0, 0, 1, 0, 1), speaks(20))
+    got = track.joined([one, two])
+    by_hand = [motion(0, (0, 0, 0)), motion(6, (0.02, 0, 0)), moves[0][2, 0], moves[1][3, 0], moves[1][3, 0]]
+    assert np.abs(got["gripper_in_ref"][:, 0] - by_hand).max() < 1e-9 and got["lost"][:, 0].tolist() == [0, 0, 0, 0, 1]
+    assert np.abs(got["opening"][:, 0] - [0.07, 0.07, 0.02, 0.02, 0.02]).max() < 0.003 and got["closed"][-1]
+    alone = track.joined([one])
+    assert np.abs(alone["gripper_in_ref"][:3] - moves[0][:3]).max() < 1e-9
+    for points, closed in (0.7, [False, False, True]), (1, [False, True, True]):
+        counts = [track.joined([path(moves[0], np.zeros(5), speaks(points))] * n) for n in (1, 2, 4)]
+        assert [joined["opening"][-1, 0] < 0.045 for joined in counts] == closed  # two: more than one, less than twice
 
 
 @pytest.fixture
