@@ -562,7 +562,8 @@ def rollouts(run, task, count, out, views, acted, frames, steps):
         low, high = binomtest(won, count).proportion_ci(method="wilson")
         lines.append(f"| {label} | {won}/{count} = {won / count:.2f} | {low:.2f}-{high:.2f} | {failed} |")
     lines += [f"| *paper: ours, 30 rollouts* | {PUBLISHED_SUCCESS[task]} | | | | |", "",
-              f"- task {task}, {data.size_text(size)}, {views} views, {acted} or more of {frames} frames acted on", ""]
+              f"- task {task}, {data.size_text(size)}, {views} views, each once the reference of a look, {acted} or more of "
+              f"{frames} frames acted on", ""]
     write_results(out, "rollouts", outcomes, "\n".join(lines))
 
 
