@@ -3,7 +3,7 @@
     python evaluate.py --task 1 --clips 8                 # sample, track and score held-out clips
     python evaluate.py --predictions DIR                  # score every prediction.npz below DIR, whoever made it
     python evaluate.py --task 1 --ablation --minutes 30   # train the four rows of the paper's table alike, score them
-    python evaluate.py --task 1 --rollout 20 --execute 4  # observe, generate, track, act on 4 frames, observe again
+    python evaluate.py --task 1 --rollout 20 --execute 5  # observe, generate, track, act on 5 frames, observe again
 
 Most of a tabletop stands still, where repeating the last frame is hard to beat: read that column beside every method,
 and the lines of what moves, of the hand, and of what stays. The truth's columns say what tracker and code can reach.
@@ -562,8 +562,8 @@ def rollouts(run, task, count, out, views, acted, frames, steps):
         low, high = binomtest(won, count).proportion_ci(method="wilson")
         lines.append(f"| {label} | {won}/{count} = {won / count:.2f} | {low:.2f}-{high:.2f} | {failed} |")
     lines += [f"| *paper: ours, 30 rollouts* | {PUBLISHED_SUCCESS[task]} | | | | |", "",
-              f"- task {task}, {data.size_text(size)}, {views} views, each once the reference of a look, {acted} or more of "
-              f"{frames} frames acted on", ""]
+              f"- task {task}, {data.size_text(size)}, {views} views, each once the reference of a look, {acted} or "
+              f"more of {frames} frames acted on", ""]
     write_results(out, "rollouts", outcomes, "\n".join(lines))
 
 
@@ -586,7 +586,7 @@ def parse():
     add("--data", help="packed episodes [data/task_N]")
     add("--out", help="folder of results [RUN/evaluation, /ablation, /rollout; DIR]")
     add("--clips", type=int, help="held-out clips to sample and score [24]")
-    add("--views", type=int, help="views of a clip, the first is the reference [2]")
+    add("--views", type=int, help="views of a clip; the first is the reference, of tries each in turn [2]")
     add("--frames", type=int, help="frames to predict, two a second [10]")
     add("--steps", type=int, help="steps of the sampler [1 of the small presets, 8 of svd]")
     add("--seeds", type=int, nargs="+", help="of the sampler's noise, and of the training with --ablation [0 1]")

@@ -126,7 +126,7 @@ def add_mount(model, scene, pose, opening):
     cells = np.floor(points[close] / model.spacing).astype(int)
     one = close[np.unique(cells, axis=0, return_index=True)[1]]   # of each cell, as even as the mesh's
     around, points = points[cloud.query(cloud.data[one], 9)[1]], points[one]
-    normals = np.linalg.svd(around - around.mean(1, keepdims=True))[2][:, 2]             # where they vary least
+    normals = np.linalg.svd(around - around.mean(1, keepdims=True))[2][:, 2]                 # where they vary least
     normals *= np.sign((normals * (points + (0, 0, model.link / 2))).sum(1, keepdims=True))  # outwards
     return SimpleNamespace(**vars(model) | dict(
         points=np.concatenate([model.points, points]), normals=np.concatenate([model.normals, normals]),
