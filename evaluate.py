@@ -491,21 +491,19 @@ def execute(world, path, first, t):
     (A, 4, 4), in straight lines, at the world's rate. A hand that is lost there heads for where it is found next.
 
     Only the motion since the observed frame is used, in each hand's own frame: no camera pose. Closed fingers close
-    until they are stopped. Half a second can hold a grasp, or a release, and the way there or the way back: fingers
-    that open or close do so where the hand is furthest ahead along its approach axis, and the hand waits for them."""
+    until they are stopped. Those that open by more than 3 mm do so before the hand moves on: half a second can hold a
+    release and a departure."""
     start, width = world.gripper_in_world, np.array(world.opening)
     targets = first @ invert(path["gripper_in_ref"][0]) @ path["gripper_in_ref"]  # (F, A, 4, 4)
-    goal, opening, act = start.copy(), width.copy(), np.zeros(len(width), bool)
+    goal, opening = start.copy(), width.copy()
     for a, lost in enumerate(path["lost"][t:].T):  # (F - t,)
         if not lost.all():
             ahead = np.argmin(lost)  # frames
             goal[a] = data.between(start[a], targets[t + ahead, a], 1 / (1 + ahead))
             if not ahead:
-                act[a] = abs(path["opening"][t, a] - width[a]) > track.EVENT
                 opening[a] = 0 if path["closed"][t, a] else path["opening"][t, a]
-    even = np.arange(1, STRIDE + 1)[:, None] / STRIDE  # share of the time gone by
-    early, late, forward = (2 * even).clip(max=1), (2 * even - 1).clip(0), (invert(start) @ goal)[:, 2, 3] > 0
-    hand, fingers = np.where(act, np.where(forward, early, late), even), np.where(forward, late, early)
+    even, release = np.arange(1, STRIDE + 1)[:, None] / STRIDE, opening - width > 0.003
+    hand, fingers = np.where(release, 2 * even - 1, even).clip(0), np.where(release, 2 * even, even).clip(max=1)
     for share, wide in zip(hand, width + fingers * (opening - width)):  # (A,), (A,)
         world.step(np.stack([data.between(*arm) for arm in zip(start, goal, share)]), wide)
 
